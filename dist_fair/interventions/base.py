@@ -1,0 +1,192 @@
+"""What makes a detector fair: one file per intervention, each overriding only the hooks it needs.
+
+An objective is a function of the global batch. Each rank makes a *summary* of its own rows; one exchange turns all
+summaries into the global one; the loss is a function of that, the same on every rank:
+
+    summarise   local     rows of this rank                 -> {name: Sum(tensor) | Gather(rows)}
+    exchange    wire      all Sums of the step in one all-reduce, all Gathers in one all-gather (`replicated` verbs)
+    objective   global    {name: tensor}                    -> {term: scalar}, equal on all ranks
+
+A Sum must be additive over samples: the summary of a union is the sum of the summaries. A Gather has one row per
+sample and comes back in canonical order. Neither an intervention nor the engine ever multiplies by W: that factor
+lives in the backward of the collectives (see dist_fair.collectives).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from dist_fair.collectives import Communicator
+from dist_fair.data.batch import Batch
+from dist_fair.data.index import Index
+from dist_fair.detectors.base import Detector, Outputs
+from dist_fair.errors import DistFairError, nearest
+
+
+@dataclass
+class Sum:
+    """A tensor of any shape, additive over samples."""
+
+    tensor: torch.Tensor
+
+
+@dataclass
+class Gather:
+    """One row per sample, (B,) or (B, k). Integers travel as floats: exact up to 2**24."""
+
+    rows: torch.Tensor
+
+
+Summary = dict[str, Sum | Gather]
+
+
+@dataclass
+class Settings:
+    """Settings of an intervention: typed, with defaults, checked in __post_init__ of the subclass."""
+
+
+@dataclass
+class Weighted(Settings):
+    """Settings of an intervention with an objective: its terms enter the loss with this weight.
+
+    delay, ramp: parts of the whole run, in [0, 1]. The weight is 0 before `delay`, then rises linearly over `ramp`.
+    """
+
+    weight: float = 1.0
+    delay: float = 0.0
+    ramp: float = 0.0
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise DistFairError(f"weight={self.weight}: must not be negative")
+        if not (0 <= self.delay <= 1 and 0 <= self.ramp <= 1):
+            raise DistFairError(f"delay={self.delay}, ramp={self.ramp}: parts of the run, between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before the first step.
+
+    index: the training data, sample by sample. seed, steps: of the run. channels: C of the feature map.
+    """
+
+    index: Index
+    seed: int
+    steps: int
+    channels: int
+
+
+class ScoringData(Protocol):
+    """Training samples without augmentation, for decisions about the structure of a detector."""
+
+    def batches(self, size: int, count: int, *key: int | str) -> Iterable[Batch]:
+        """`count` global batches of `size` samples drawn by `key`; yields this rank's rows, on its device."""
+        ...
+
+
+class Intervention(nn.Module):
+    """Base of all interventions. A module, so that its parameters and buffers train, move and are saved.
+
+    width: the number of features that leave `transform`, given those that enter.
+    """
+
+    Settings: ClassVar[type[Settings]] = Settings
+    settings: Settings
+
+    def __init__(self, settings: Settings, facts: Facts, features: int):
+        super().__init__()
+        self.settings, self.width = settings, features
+
+    def weight(self, progress: float) -> float:
+        """The weight of the terms at `progress`, the part of the run that is done, in [0, 1)."""
+        if not isinstance(self.settings, Weighted):
+            return 0.0
+        passed = progress - self.settings.delay
+        if passed < 0:
+            return 0.0
+        risen = 1.0 if self.settings.ramp == 0 else min(1.0, passed / self.settings.ramp)
+        return self.settings.weight * risen
+
+    def transform(self, features: torch.Tensor, batch: Batch, comm: Communicator) -> torch.Tensor:
+        """Features (B, d) -> (B, width), between detector and classifier; in evaluation too."""
+        return features
+
+    def weigh(self, batch: Batch) -> torch.Tensor | None:
+        """Sample weights (B,) or None. The weights of all interventions are multiplied."""
+        return None
+
+    def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
+        """This rank's summary. weights: (B,), the product of what `weigh` gave."""
+        return {}
+
+    def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named scalar terms from the global summary; each is multiplied by `weight` in the loss."""
+        return {}
+
+    def restructure(
+        self, step: int, detector: Detector, data: ScoringData, comm: Communicator
+    ) -> dict[str, object] | None:
+        """Called before every step; may change the detector's structure. Returns what to record if it did."""
+        return None
+
+
+_registry: dict[str, type[Intervention]] = {}
+
+
+def register(name: str) -> Callable[[type[Intervention]], type[Intervention]]:
+    """Makes an intervention known to recipes under `name`."""
+
+    def add(kind: type[Intervention]) -> type[Intervention]:
+        _registry[name] = kind
+        return kind
+
+    return add
+
+
+def registered() -> dict[str, type[Intervention]]:
+    """All interventions by name."""
+    return dict(_registry)
+
+
+def build(settings: Mapping[str, Settings], facts: Facts, features: int) -> tuple[nn.ModuleDict, int]:
+    """The interventions of a recipe, in its order, and the number of features the classifier gets to see."""
+    built = nn.ModuleDict()
+    for name, chosen in settings.items():
+        if name not in _registry:
+            raise DistFairError(f"interventions.{name}: no such intervention: {nearest(name, [*_registry])}")
+        built[name] = _registry[name](chosen, facts, features)
+        features = built[name].width
+    return built, features
+
+
+def exchange(
+    summaries: Mapping[str, Summary], comm: Communicator, sizes: Sequence[int]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Local summaries of all interventions -> global ones; one all-reduce, one all-gather, whatever the recipe lists."""
+    sums = {(owner, key): part.tensor for owner, parts in summaries.items() for key, part in parts.items()
+            if isinstance(part, Sum)}  # fmt: skip
+    gathers = {(owner, key): part.rows for owner, parts in summaries.items() for key, part in parts.items()
+               if isinstance(part, Gather)}  # fmt: skip
+    result: dict[str, dict[str, torch.Tensor]] = {owner: {} for owner in summaries}
+    if sums:
+        flat = torch.cat([tensor.reshape(-1).to(_wire_type(sums.values())) for tensor in sums.values()])
+        parts = comm.replicated_sum(flat, "summaries/sum").split([tensor.numel() for tensor in sums.values()])
+        for ((owner, key), tensor), part in zip(sums.items(), parts, strict=True):
+            result[owner][key] = part.view(tensor.shape)
+    if gathers:
+        widths = [rows[0:1].numel() if len(rows) else rows.new_zeros((1, *rows.shape[1:])).numel()
+                  for rows in gathers.values()]  # fmt: skip
+        columns = [rows.reshape(len(rows), width).to(_wire_type(gathers.values()))
+                   for rows, width in zip(gathers.values(), widths, strict=True)]  # fmt: skip
+        everyone = comm.replicated_gather(torch.cat(columns, dim=1), "summaries/gather", sizes)
+        for ((owner, key), rows), part in zip(gathers.items(), everyone.split(widths, dim=1), strict=True):
+            result[owner][key] = part.reshape(len(everyone), *rows.shape[1:])
+    return result
+
+
+def _wire_type(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """fp32 at least; fp64 where anything is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
