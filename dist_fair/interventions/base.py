@@ -91,8 +91,10 @@ class Intervention(nn.Module):
     """Base of all interventions. A module, so that its parameters and buffers train, move and are saved.
 
     width: the number of features that leave `transform`, given those that enter.
+    terms: the names of the terms that `objective` gives, so that a log has a place for them while their weight is 0.
     """
 
+    terms: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type[Settings]] = Settings
     settings: Settings
 

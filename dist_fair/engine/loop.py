@@ -1,0 +1,181 @@
+"""The training loop. One path for one rank and for many; it knows no method by name.
+
+Step t is a pure function of (state before t, recipe, seed, t): the data come from the plan, every random number from a
+key, the learning rate and the weights from t. So a run that stops after any step and resumes is the run that did not.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+
+from dist_fair import keyed
+from dist_fair.collectives import Communicator
+from dist_fair.data.batch import Batch
+from dist_fair.engine import checkpoint
+from dist_fair.engine.module import Losses, TrainingModule
+from dist_fair.errors import DistFairError
+from dist_fair.interventions.base import ScoringData
+
+Values = dict[str, object]
+Observer = Callable[[int, Mapping[str, object]], None]
+
+
+@dataclass
+class Rhythm:
+    """When things happen, in steps.
+
+    steps: of the whole run. stop: where this invocation ends. accumulate: micro-batches per step. clip: the largest
+    global gradient norm or None. save_every: steps between checkpoints or None (only at the end). keep: checkpoints.
+    """
+
+    steps: int
+    stop: int
+    accumulate: int
+    clip: float | None
+    save_every: int | None
+    keep: int
+
+
+class Trainer:
+    """A module in training.
+
+    module: the bare TrainingModule. recipe: what a checkpoint must agree with to be resumed. describe: sample row ->
+    text, for messages.
+    """
+
+    def __init__(
+        self,
+        module: TrainingModule,
+        optimizer: torch.optim.Optimizer,
+        schedule: Scheduler,
+        accelerator: Accelerator,
+        comm: Communicator,
+        rhythm: Rhythm,
+        *,
+        seed: int,
+        recipe: Mapping,
+        folder: Path,
+        describe: Callable[[int], str],
+    ):
+        self.module, self.optimizer, self.schedule = module, optimizer, schedule
+        self.accelerator, self.comm, self.rhythm = accelerator, comm, rhythm
+        self.seed, self.recipe, self.folder, self.describe = seed, recipe, folder, describe
+        self.step = 0
+        self.wrapped = module
+
+    def resume(self, source: checkpoint.Checkpoint) -> None:
+        """Takes over a checkpoint's state. Call before `run`."""
+        checkpoint.load_model(self.module, source.tensors("model"), source.folder)
+        checkpoint.load_optimizer(self.module, self.optimizer, source.tensors("optimizer"))
+        self.step = source.step
+
+    def run(
+        self,
+        batches: Callable[[int, int], Iterable[Batch]],
+        scoring: ScoringData,
+        observers: Iterable[Observer],
+    ) -> None:
+        """Trains up to rhythm.stop.
+
+        batches: (first, last) micro-batch -> this rank's batches, on its device. observers: called after each step
+        with the step's number and values, on every rank.
+        """
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        accumulate = self.rhythm.accumulate
+        stream = iter(batches(self.step * accumulate, self.rhythm.stop * accumulate))
+        self.module.train()
+        while self.step < self.rhythm.stop:
+            changes = self._restructure(scoring)
+            values = self._step(stream) | changes
+            self.step += 1
+            if self._due():
+                values |= self._save()
+            for observer in observers:
+                observer(self.step - 1, values)
+
+    def _step(self, stream: Iterator[Batch]) -> Values:
+        began = time.perf_counter()
+        waited, rows, history = 0.0, 0, []
+        torch.manual_seed(keyed.integer(self.seed, "step", self.step, self.comm.rank))
+        self.schedule.step_update(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in range(self.rhythm.accumulate):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            rows += sum(batch.sizes)
+            last = micro == self.rhythm.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                losses = self.wrapped(batch, self.step / self.rhythm.steps)
+                self.accelerator.backward(losses.loss / self.rhythm.accumulate)
+            history.append((batch, losses))
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.rhythm.clip or math.inf)
+        values = self._read(history, norm)
+        self._stop_if_not_finite(values, history)
+        self.optimizer.step()
+        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        seconds = time.perf_counter() - began
+        values["samples_per_second"], values["data_wait"] = rows / seconds, waited / seconds
+        for name, count in self.comm.drain().items():
+            values[f"calls/{name}"], values[f"bytes/{name}"] = count.calls, count.bytes
+        return values
+
+    def _read(self, history: list[tuple[Batch, Losses]], norm: torch.Tensor | float) -> Values:
+        """Means over micro-batches as Python numbers: the step's only wait for the device."""
+        every = [losses for _, losses in history]
+        names = [name for name, value in every[0].terms.items() if value is not None]
+        columns = [[losses.loss.detach(), *(losses.terms[name] for name in names)] for losses in every]
+        table = torch.stack([torch.stack([value.double() for value in row]) for row in columns]).mean(dim=0)
+        loss, *terms = table.tolist()
+        values: Values = {"loss": loss} | {f"loss/{name}": None for name in every[0].terms}
+        values |= {f"loss/{name}": value for name, value in zip(names, terms, strict=True)}
+        values["gradient_norm"] = float(norm)
+        return values
+
+    def _stop_if_not_finite(self, values: Values, history: list[tuple[Batch, Losses]]) -> None:
+        """All ranks see the same loss and norm, so all stop at the same step; each names its own samples."""
+        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+            return
+        own = [
+            self.describe(int(sample))
+            for batch, losses in history
+            for sample in batch.samples[~losses.logits.isfinite().all(dim=1)]
+        ]
+        names = [name for part in self.comm.objects(own, "non-finite samples") for name in part]
+        found = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
+        error = DistFairError(
+            f"step {self.step}: loss {values['loss']}, gradient norm {values['gradient_norm']}: stopped before they "
+            f"reach the weights. Samples whose logits are not finite: {found or 'none'}. Lower optimizer.lr or set "
+            f"train.clip; resume from {checkpoint.newest(self.folder) or 'the start'}"
+        )
+        error.everywhere = True
+        raise error
+
+    def _restructure(self, scoring: ScoringData) -> Values:
+        records = {
+            name: record
+            for name, part in self.module.interventions.items()
+            if (record := part.restructure(self.step, self.module.detector, scoring, self.comm)) is not None
+        }
+        return {"restructured": records} if records else {}
+
+    def _due(self) -> bool:
+        every = self.rhythm.save_every
+        return self.step == self.rhythm.stop or (every is not None and self.step % every == 0)
+
+    def _save(self) -> Values:
+        began = time.perf_counter()
+        if self.comm.rank == 0:
+            model = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+            optimizer = checkpoint.optimizer_tensors(self.module, self.optimizer)
+            checkpoint.write(self.folder, self.step, self.recipe, {"model": model, "optimizer": optimizer})
+            checkpoint.prune(self.folder, self.rhythm.keep)
+        self.comm.barrier("checkpoint")
+        return {"checkpoint_seconds": time.perf_counter() - began}

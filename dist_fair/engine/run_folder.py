@@ -1,0 +1,94 @@
+"""The folder a run leaves behind: recipe.yaml, metrics.jsonl, checkpoints/, evaluation.json, predictions/."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_fair.errors import DistFairError
+
+
+class RunFolder:
+    """Paths and files of one run. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where step-N folders lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """Metrics per data set."""
+        return self.path / "evaluation.json"
+
+    def predictions(self, dataset: str) -> Path:
+        """Scores of one data set."""
+        return self.path / "predictions" / f"{dataset}.parquet"
+
+    def begin(self, recipe_yaml: str) -> None:
+        """Makes the folder and stores the recipe. The caller has checked that the folder may be used."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, recipe_yaml)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl from `step` on: a resumed run writes them again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] >= step:
+                    break
+            except ValueError:  # the last line of a killed run
+                break
+            kept.append(line)
+        write_text(self.metrics, "".join(kept))
+
+    def occupied(self) -> bool:
+        """True if something other than a fresh run's files lies here."""
+        return self.path.is_dir() and any(self.path.iterdir())
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, a line a step, flushed at once so that `tail -f` and a crash both see it."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", buffering=1)
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """One step. Values are JSON: numbers, strings, null."""
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Flushes to disk and closes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file aside, fsyncs, renames: readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise DistFairError(f"{path} could not be written: {error}") from None
