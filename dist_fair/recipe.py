@@ -1,0 +1,267 @@
+"""The typed schema of a recipe: every key, its default, its range, its meaning. Reading files is dist_fair.composition.
+
+Lengths of time inside a run (warm-up, delays, ramps, stages) are parts of the run in [0, 1], so that a recipe keeps its
+shape when `train.steps` changes.
+"""
+# ruff: noqa: RUF009  (setting, part and section return dataclass fields, they are not shared defaults)
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dist_fair.errors import DistFairError
+
+
+def setting(
+    default: Any, meaning: str, *, choices: tuple = (), least: float = -math.inf, most: float = math.inf
+) -> Any:
+    """A dataclass field with its meaning and the values it may take; `least` and `most` belong to the range."""
+    metadata = {"meaning": meaning, "choices": choices, "least": least, "most": most}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def part(default: float, meaning: str) -> Any:
+    """A part, probability or relative amount: a number in [0, 1]."""
+    return setting(default, meaning, least=0, most=1)
+
+
+def section(kind: type) -> Any:
+    """A nested group of settings."""
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclass
+class Tape:
+    """A stream of training samples. Every batch takes `share` parts of it."""
+
+    label: int | None = setting(None, "0: real samples, 1: fake ones, null: both", choices=(None, 0, 1))
+    share: int = setting(1, "parts of each batch", least=1)
+    where: dict[str, str] = setting({}, "only samples with these attribute values")
+
+
+@dataclass
+class Augmentation:
+    """Random changes of training images, keyed by seed, epoch and sample."""
+
+    flip: float = part(0.5, "probability of mirroring left and right")
+    shift: float = part(0.0, "largest shift, as part of the width")
+    brightness: float = part(0.0, "largest relative change")
+    contrast: float = part(0.0, "largest relative change")
+    noise: float = part(0.0, "largest standard deviation of pixel noise, images in 0..1")
+    blur: float = part(0.0, "probability of a Gaussian blur")
+    jpeg: float = part(0.0, "probability of JPEG compression")
+    jpeg_quality: list[int] = setting([50, 95], "lowest and highest quality", least=1, most=100)
+
+
+@dataclass
+class Data:
+    """What is learned from and what is tested on: usually a card of shards/."""
+
+    name: str = setting("", "name of the data set")
+    root: str = setting("", "folder that holds the shard folders")
+    train: list[str] = setting([], "shard folders to train on, under root or absolute")
+    eval: list[str] = setting([], "shard folders to evaluate on, under root or absolute")
+    attributes: dict[str, list[str]] = setting({}, "attribute -> its values; [] means all that are found")
+    image_size: int = setting(64, "side of the square input, pixels", least=8)
+    mean: list[float] = setting([0.5, 0.5, 0.5], "subtracted from RGB in 0..1")
+    std: list[float] = setting([0.5, 0.5, 0.5], "divides RGB after that", least=1e-6)
+    lanes: int | None = setting(None, "lanes of the tape, a multiple of the ranks; null: from the batch", least=1)
+    window: int = setting(1024, "samples that are shuffled together", least=1)
+    workers: int = setting(0, "loading processes per rank", least=0)
+    tapes: dict[str, Tape] = setting({}, "streams that make up a batch; {}: one of everything")
+    bad_samples: str = setting("fail", "what an unreadable image does", choices=("fail", "substitute"))
+    max_pixels: int = setting(50_000_000, "larger images are bad samples", least=1)
+    augment: Augmentation = section(Augmentation)
+
+
+@dataclass
+class DetectorSettings:
+    """What is trained: usually a card of recipes/detector/."""
+
+    name: str = setting("", "one of dist_fair's detectors or any timm model")
+    pretrained: bool | str = setting(False, "true or a timm tag downloads weights; a path reads them")
+    norm: str = setting("synced", "statistics of batch norm", choices=("synced", "local", "frozen"))
+    init_from: str | None = setting(None, "start from the detector of this run, checkpoint or file")
+    arguments: dict[str, Any] = setting({}, "further arguments of the model")
+
+
+@dataclass
+class Train:
+    """How long and how large."""
+
+    steps: int | None = setting(None, "optimizer steps; this or epochs", least=1)
+    epochs: float | None = setting(None, "passes over the data; this or steps", least=1e-9)
+    stop_after: int | None = setting(None, "stop this invocation, checkpointed, after so many steps", least=1)
+    batch_size: int = setting(32, "samples per step over all ranks", least=1)
+    accumulate: int = setting(1, "a step is made of so many smaller batches", least=1)
+    precision: str = setting("fp32", "of the detector; statistics are always fp32", choices=("fp32", "bf16"))
+    backend: str = setting("ddp", "how ranks share the work", choices=("ddp",))
+    ranks: int | None = setting(None, "stop unless launched with so many ranks", least=1)
+    clip: float | None = setting(None, "largest global gradient norm", least=1e-12)
+
+
+@dataclass
+class Optimizer:
+    """An optimizer of torch or timm."""
+
+    name: str = setting("sgd", "sgd, adamw or any other of timm's")
+    lr: float = setting(0.01, "learning rate, for any number of ranks", least=0)
+    weight_decay: float = setting(0.0, "L2 penalty or decoupled decay, as the optimizer has it", least=0)
+    momentum: float | None = setting(None, "null: the optimizer's default", least=0, most=1)
+    arguments: dict[str, Any] = setting({}, "further arguments of the optimizer")
+
+
+@dataclass
+class Schedule:
+    """The learning rate over the run."""
+
+    name: str = setting("constant", "shape", choices=("constant", "cosine", "step"))
+    warmup: float = part(0.0, "part of the run with a linear rise from 0")
+    floor: float = part(0.0, "cosine: the last learning rate, as part of lr")
+    every: float = part(0.3, "step: multiply after each such part of the run")
+    factor: float = part(0.1, "step: by this")
+
+
+@dataclass
+class Checkpoint:
+    """When the state is written."""
+
+    every: int = setting(500, "steps between checkpoints; the last step always has one", least=1)
+    keep: int = setting(2, "newest checkpoints to keep", least=1)
+
+
+@dataclass
+class Evaluation:
+    """Scores and fairness on data.eval."""
+
+    at_end: bool = setting(True, "evaluate when training ends")
+    batch_size: int = setting(64, "samples per forward pass over all ranks", least=1)
+    bootstrap: int = setting(200, "resamples of videos behind each interval; 0: no intervals", least=0)
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases: the same numbers as metrics.jsonl."""
+
+    mode: str = setting("auto", "auto: offline without a key", choices=("auto", "online", "offline", "disabled"))
+    project: str = setting("dist_fair", "W&B project")
+    name: str | None = setting(None, "W&B run name; null: the name of the run folder")
+    tags: list[str] = setting([], "W&B tags")
+
+
+@dataclass
+class Log:
+    """The console."""
+
+    every: int = setting(10, "steps between lines", least=1)
+
+
+@dataclass
+class Recipe:
+    """The whole experiment. interventions: name -> its typed settings, in the order in which they act."""
+
+    recipe: str = setting("", "name of the recipe, or path of a YAML file")
+    seed: int = setting(0, "of everything random", least=0, most=2**63 - 1)
+    out: str = setting("runs/${recipe}", "run folder")
+    data: Data = section(Data)
+    detector: DetectorSettings = section(DetectorSettings)
+    interventions: dict[str, Any] = setting({}, "what makes it fair: name -> settings; null leaves one out")
+    train: Train = section(Train)
+    optimizer: Optimizer = section(Optimizer)
+    schedule: Schedule = section(Schedule)
+    checkpoint: Checkpoint = section(Checkpoint)
+    resume: str = setting("auto", "auto: go on if the run folder has a checkpoint; never; or a checkpoint's path")
+    evaluation: Evaluation = section(Evaluation)
+    wandb: Wandb = section(Wandb)
+    log: Log = section(Log)
+
+
+# Settings that leave the trajectory as it is: with other values it still is the same experiment, and may be resumed.
+# data.name stays in: with data.root left out, it is what tells one data set from another.
+FREE = ("recipe", "out", "resume", "data.root", "data.eval", "data.workers", "train.stop_after", "train.ranks",
+        "train.backend", "checkpoint", "evaluation", "wandb", "log")  # fmt: skip
+
+
+def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """(dotted key, value, field) of every setting below a dataclass instance."""
+    for field in dataclasses.fields(settings):
+        key, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{key}.")
+            continue
+        yield key, value, field
+        if isinstance(value, dict):
+            for name, item in value.items():
+                if dataclasses.is_dataclass(item):
+                    yield from walk(item, f"{key}.{name}.")
+
+
+def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
+    """Raises DistFairError for a value out of range, contradicting settings and settings without effect.
+
+    say: dotted key -> "key=value (where it comes from)".
+    """
+    for key, value, field in walk(recipe):
+        _check_range(value, field, say(key))
+    data, train = recipe.data, recipe.train
+    for key, value in (("data.root", data.root), ("data.train", data.train), ("detector.name", recipe.detector.name)):
+        if not value:
+            raise DistFairError(f"{say(key)} is empty: choose a card with {key.partition('.')[0]}=NAME, or set {key}")
+    for key in ("data.mean", "data.std"):
+        if len(getattr(data, key.removeprefix("data."))) != 3:
+            raise DistFairError(f"{say(key)}: three numbers, for red, green and blue")
+    quality = data.augment.jpeg_quality
+    if len(quality) != 2 or quality[0] > quality[1]:
+        raise DistFairError(f"{say('data.augment.jpeg_quality')}: two numbers, lowest first, such as [50, 95]")
+    if (train.steps is None) == (train.epochs is None):
+        raise DistFairError(f"{say('train.steps')} and {say('train.epochs')}: give one of the two, the other null")
+    if train.batch_size % train.accumulate:
+        raise DistFairError(f"{say('train.accumulate')} does not divide {say('train.batch_size')}")
+    if data.lanes and (train.batch_size // train.accumulate) % data.lanes:
+        raise DistFairError(f"{say('data.lanes')} does not divide train.batch_size / train.accumulate "
+                            f"= {train.batch_size // train.accumulate}")  # fmt: skip
+    _check_effect(recipe, say)
+
+
+def _check_range(value: Any, field: dataclasses.Field, text: str) -> None:
+    """Choices and range of one setting; those of a list hold for each of its elements."""
+    if not field.metadata:
+        return
+    if (choices := field.metadata.get("choices")) and value not in choices:
+        known = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        raise DistFairError(f"{text}: one of {known}")
+    least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            continue
+        if not (math.isfinite(number) and least <= number <= most):
+            limits = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            raise DistFairError(f"{text}: {limits if least > -math.inf else 'a finite number'}")
+
+
+def _check_effect(recipe: Recipe, say: Callable[[str], str]) -> None:
+    """Settings that another setting makes idle."""
+    users = {"floor": "cosine", "every": "step", "factor": "step"}
+    for field in dataclasses.fields(Schedule):
+        idle = field.name in users and users[field.name] != recipe.schedule.name
+        if idle and getattr(recipe.schedule, field.name) != field.default:
+            raise DistFairError(f"{say(f'schedule.{field.name}')} has no effect with {say('schedule.name')}: "
+                                f"leave it at {field.default:g}")  # fmt: skip
+    if recipe.schedule.name == "step" and recipe.schedule.every == 0:
+        raise DistFairError(f"{say('schedule.every')}: a part of the run above 0, such as 0.3")
+    if recipe.optimizer.momentum is not None and "adam" in recipe.optimizer.name:
+        raise DistFairError(f"{say('optimizer.momentum')} has no effect with {say('optimizer.name')}: set it to null; "
+                            f"Adam's are optimizer.arguments={{betas: [0.9, 0.999]}}")  # fmt: skip
+    if recipe.detector.norm == "frozen" and not (recipe.detector.pretrained or recipe.detector.init_from):
+        raise DistFairError(f"{say('detector.norm')}: frozen statistics of an untrained detector mean nothing; "
+                            f"set detector.pretrained or detector.init_from, or detector.norm=synced")  # fmt: skip
+    if recipe.data.augment.jpeg == 0 and recipe.data.augment.jpeg_quality != [50, 95]:
+        raise DistFairError(f"{say('data.augment.jpeg_quality')} has no effect with data.augment.jpeg=0")
+    for name, tape in recipe.data.tapes.items():
+        for attribute in tape.where:
+            if attribute not in recipe.data.attributes:
+                raise DistFairError(f"data.tapes.{name}.where.{attribute}: data.attributes has no '{attribute}'")
