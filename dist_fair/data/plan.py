@@ -225,22 +225,6 @@ class EvaluationPlan:
         return Selection(np.where(samples < self.index_length, samples, -1), np.zeros(self.rows, dtype=np.int64))
 
 
-def consumed_hash(samples: np.ndarray) -> int:
-    """A hash of the samples read, whatever their order, split and padding (-1): the sum of a 64-bit hash of each.
-
-    A signed 64-bit number: sums of int64 wrap modulo 2**64, so the ranks' hashes may simply be all-reduced.
-    """
-    mixed = samples[samples >= 0].astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # finaliser of SplitMix64
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64).astype(np.int64))
-
-
-def expected_hash(count: int) -> int:
-    """The hash of an evaluation that read each of `count` samples exactly once."""
-    return consumed_hash(np.arange(count))
-
-
 def split_batch(batch_size: int, tapes: Sequence[TapeSpec]) -> list[int]:
     """B_k, the samples of a micro-batch that come from each tape. Raises DistFairError unless all are whole."""
     if not tapes or len({tape.name for tape in tapes}) != len(tapes):
