@@ -1,4 +1,4 @@
-"""Where bytes come from: one small interface, so that remote shards can follow; and how files people keep are written."""
+"""Where bytes come from, behind one small interface, and how files that people keep are written."""
 
 import os
 from collections.abc import Iterator

@@ -17,8 +17,8 @@ SHARD_NAME = "{:05d}.tar"
 class Sample:
     """What becomes KEY.EXTENSION and KEY.json in a shard.
 
-    image: the encoded bytes, stored as they are. extension: one of IMAGE_EXTENSIONS. metadata: "label" 0 or 1 and, where
-    known, "video", "identity", "manipulation" (strings) and "attributes" (name -> string).
+    image: the encoded bytes, stored as they are. extension: one of IMAGE_EXTENSIONS. metadata: "label" 0 or 1 and,
+    where known, "video", "identity", "manipulation" (strings) and "attributes" (name -> string).
     """
 
     key: str
