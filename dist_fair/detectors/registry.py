@@ -1,0 +1,64 @@
+"""Detectors by name: the registered ones, and every timm model."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+from dist_fair.collectives import Communicator
+from dist_fair.detectors.base import Detector
+from dist_fair.detectors.norm import convert_norms
+from dist_fair.detectors.timm_backbone import build_timm
+from dist_fair.errors import DistFairError
+
+Factory = Callable[[bool | str, Mapping[str, object]], Detector]
+
+_registry: dict[str, Factory] = {}
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Makes a detector known to recipes: the decorated class or function is called as (pretrained, arguments)."""
+
+    def add(factory: Factory) -> Factory:
+        _registry[name] = factory
+        return factory
+
+    return add
+
+
+def registered() -> dict[str, Factory]:
+    """The detectors that are not plain timm models, by name."""
+    return dict(_registry)
+
+
+def build_detector(
+    name: str, pretrained: bool | str, norm: str, arguments: Mapping[str, object], comm: Communicator
+) -> Detector:
+    """The detector of a recipe, with the same weights on every rank. Called on all ranks.
+
+    name: a registered detector or a timm model (unknown names: nearest known). pretrained: False, True (timm's default
+    weights), a timm tag, or a file (see dist_fair.detectors.weights). norm: see convert_norms. arguments: passed on.
+    Random weights come from torch's generator: the caller seeds it alike on all ranks. Raises DistFairError on every
+    rank if any rank cannot build it, or if the ranks end up with different weights.
+    """
+    detector, problem = None, ""
+    try:
+        if name in _registry:
+            detector = _registry[name](pretrained, arguments)
+        else:
+            detector = build_timm(name, pretrained, arguments, [*_registry])
+        convert_norms(detector, norm, comm)
+    except DistFairError as error:
+        problem = str(error)
+    problems = comm.objects(problem, "detector/problems")
+    if any(problems):
+        rank = next(rank for rank, text in enumerate(problems) if text)
+        raise DistFairError(problems[rank] if comm.world == 1 or all(problems) else f"rank {rank}: {problems[rank]}")
+    comm.agree(_digest(detector), "detector/weights")
+    return detector
+
+
+def _digest(detector: Detector) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in detector.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()

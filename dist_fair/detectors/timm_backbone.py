@@ -1,0 +1,202 @@
+"""Any timm model as a detector: its last feature map, a channel mask, global average pooling, a linear classifier.
+
+The feature map is what the model's forward_features returns, after its last norm and activation. Heads that convolve
+after pooling (MobileNetV3's conv_head) or normalise after pooling (ConvNeXt) belong to timm's classifier and are
+removed: every parameter of a detector takes part in its loss, as DDP requires. EfficientNet keeps timm's stem;
+DeepfakeBench's replaces it and throws away the pretrained one.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from dist_fair.detectors.base import Detector, Outputs
+from dist_fair.detectors.weights import SUFFIXES, load_weights
+from dist_fair.errors import DistFairError, nearest
+
+_OURS = ("num_classes", "global_pool", "in_chans", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
+_CLASSIFIERS = ("fc", "classifier", "head", "last_linear")  # what timm, torchvision and Cadene call it
+_PROBE = 128  # pixels; enough for every stem (Xception needs 71)
+
+
+class TimmDetector(Detector):
+    """images (B, 3, H, W) -> feature_map (B, C, h, w), features (B, C), logits (B, 2). Features and logits in fp32+.
+
+    adjust_channels: width of a 1x1 convolution + batch norm + ReLU after the backbone, C then (512 on Xception's 2048
+    in PG-FDD and UCF; absent in SFD+GDA). pixel_mean, pixel_std: what timm's weights of this model expect.
+    """
+
+    def __init__(self, backbone: nn.Module, adjust_channels: int | None = None):
+        channels = _trim(backbone)
+        width = adjust_channels or channels
+        super().__init__(width, width)
+        self.backbone = backbone
+        self.adjust = nn.Identity()
+        if adjust_channels:
+            self.adjust = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.classifier = nn.Linear(width, 2)
+        self.pixel_mean = tuple(backbone.pretrained_cfg.get("mean", (0.5, 0.5, 0.5)))
+        self.pixel_std = tuple(backbone.pretrained_cfg.get("std", (0.5, 0.5, 0.5)))
+
+    def extract(self, images: torch.Tensor) -> Outputs:
+        feature_map = self.adjust(last_map(self.backbone, images))
+        feature_map = feature_map * self.channel_mask.to(feature_map.dtype)[:, None, None]
+        features = feature_map.mean(dim=(2, 3), dtype=_full_precision(feature_map))
+        return Outputs(features.new_empty((len(features), 0)), features, feature_map)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(features)
+        return logits.to(_full_precision(logits))
+
+    def resize_classifier(self, features: int) -> None:
+        weight = self.classifier.weight
+        self.classifier = nn.Linear(features, 2, device=weight.device, dtype=weight.dtype)
+
+
+def build_timm(
+    name: str, pretrained: bool | str, arguments: Mapping[str, object], others: Iterable[str]
+) -> TimmDetector:
+    """A TimmDetector by timm's model name. others: further names to suggest when there is no such model."""
+    arguments = dict(arguments)
+    ours = [key for key in _OURS if key in arguments]
+    if ours:
+        raise DistFairError(f"detector.arguments.{ours[0]}: set by dist_fair; leave it out")
+    adjust_channels = arguments.pop("adjust_channels", None)
+    if adjust_channels is not None and not (type(adjust_channels) is int and adjust_channels > 0):
+        raise DistFairError(f"detector.arguments.adjust_channels={adjust_channels}: a number of channels, or left out")
+    return TimmDetector(create_backbone(name, pretrained, arguments, others), adjust_channels)
+
+
+def create_backbone(
+    name: str, pretrained: bool | str, arguments: Mapping[str, object], others: Iterable[str] = ()
+) -> nn.Module:
+    """A timm model without classifier and pooling. pretrained: False, True (default weights), a timm tag or a file.
+
+    Raises DistFairError for an unknown name, tag or argument, for dropout (it would draw other numbers on every rank),
+    and for weights that cannot be had or do not fit.
+    """
+    import timm
+
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise DistFairError(f"detector.name={name}: no such detector: {nearest(name, [*others, *timm.list_models()])}")
+    path = pretrained if isinstance(pretrained, str) and _is_path(pretrained) else None
+    tag = pretrained if isinstance(pretrained, str) and not path else tag
+    if tag:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+        if tag not in tags:
+            raise DistFairError(f"detector.pretrained={tag}: {base} has no such weights: {nearest(tag, tags)}")
+    full_name = f"{base}.{tag}" if tag else base
+    from_hub = bool(pretrained) and not path
+    backbone = _from_hub(full_name, arguments) if from_hub else _untrained(full_name, arguments)
+    _refuse_dropout(backbone, arguments)
+    if path:
+        backbone_heads = backbone.pretrained_cfg.get("classifier") or ()
+        named = [backbone_heads] if isinstance(backbone_heads, str) else list(backbone_heads)
+        load_weights(backbone, path, {*_CLASSIFIERS, *(head.split(".")[0] for head in named)})
+    return backbone
+
+
+def _untrained(name: str, arguments: Mapping[str, object]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise DistFairError(f"detector.arguments={dict(arguments)}: timm's {name} refuses them: {error}") from error
+
+
+def _from_hub(name: str, arguments: Mapping[str, object]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, global_pool="", **arguments)
+    except Exception as error:  # hub, network, proxy, disk and cache each have their own
+        _untrained(name, arguments)  # if it is the arguments, that is what to say
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistFairError(
+            f"detector.pretrained: the weights of {name} could not be had from the hub ({reason}); fetch them once where "
+            f"there is a network (HF_HOME names the cache), or give a file: detector.pretrained=PATH.safetensors"
+        ) from error
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith(SUFFIXES) or os.sep in text
+
+
+def _refuse_dropout(backbone: nn.Module, arguments: Mapping[str, object]) -> None:
+    named = [key for key, value in arguments.items() if "drop" in key and value]
+    if named:
+        raise DistFairError(
+            f"detector.arguments.{named[0]}={arguments[named[0]]}: dropout draws other numbers on every rank, so results "
+            f"would depend on how many there are; leave it out"
+        )
+    for module in backbone.modules():
+        for attribute in ("p", "drop_prob"):
+            if "Drop" in type(module).__name__ and getattr(module, attribute, 0):
+                setattr(module, attribute, 0.0)
+
+
+def last_map(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The last feature map, (B, C, h, w): timm's own, channels-last ones transposed, patch tokens put back in place."""
+    output = backbone.forward_features(images)
+    if output.ndim == 4:
+        return output.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else output
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if output.ndim == 3 and grid:
+        tokens = output[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        if tokens.shape[1] == grid[0] * grid[1]:
+            return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+    raise DistFairError(
+        f"detector.name: {type(backbone).__name__} gives {tuple(output.shape)}, not a map of features; "
+        f"choose a convolutional backbone, or a ViT whose patches form a grid"
+    )
+
+
+def _trim(backbone: nn.Module) -> int:
+    """Removes the modules that take no part in the last feature map; returns the map's number of channels."""
+    training = backbone.training
+    with torch.enable_grad():
+        feature_map = last_map(backbone.eval(), _probe(backbone))
+    backbone.train(training)
+    used = _leaves(feature_map)
+    for name, parameter in list(backbone.named_parameters()):
+        if parameter not in used:
+            owner = name.rpartition(".")[0]
+            if not owner or used & set(backbone.get_submodule(owner).parameters()):
+                raise DistFairError(
+                    f"detector.name: parameter '{name}' of {type(backbone).__name__} takes no part in its last feature "
+                    f"map and cannot be removed; choose another backbone"
+                )
+            backbone.set_submodule(owner, nn.Identity())
+    return feature_map.shape[1]
+
+
+def _leaves(tensor: torch.Tensor) -> set[torch.Tensor]:
+    """The parameters that `tensor` was computed from."""
+    seen, waiting, leaves = set(), [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def _probe(backbone: nn.Module) -> torch.Tensor:
+    """One black image of a size the backbone takes."""
+    first = next(layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d))
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if size is None:
+        configured = backbone.pretrained_cfg["input_size"][1:]
+        size = configured if backbone.pretrained_cfg.get("fixed_input_size") else (_PROBE, _PROBE)
+    return torch.zeros(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
+
+
+def _full_precision(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
