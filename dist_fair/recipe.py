@@ -206,7 +206,8 @@ def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
     say: dotted key -> "key=value (where it comes from)".
     """
     for key, value, field in walk(recipe):
-        _check_range(value, field, say(key))
+        if fault := _out_of_range(value, field):
+            raise DistFairError(f"{say(key)}: {fault}")
     data, train = recipe.data, recipe.train
     for key, value in (("data.root", data.root), ("data.train", data.train), ("detector.name", recipe.detector.name)):
         if not value:
@@ -227,20 +228,19 @@ def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
     _check_effect(recipe, say)
 
 
-def _check_range(value: Any, field: dataclasses.Field, text: str) -> None:
-    """Choices and range of one setting; those of a list hold for each of its elements."""
-    if not field.metadata:
-        return
+def _out_of_range(value: Any, field: dataclasses.Field) -> str | None:
+    """What is wrong with a value by the choices and the range of its field, which hold for each element of a list."""
     if (choices := field.metadata.get("choices")) and value not in choices:
-        known = ", ".join("null" if choice is None else str(choice) for choice in choices)
-        raise DistFairError(f"{text}: one of {known}")
+        return "one of " + ", ".join("null" if choice is None else str(choice) for choice in choices)
     least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
     for number in value if isinstance(value, list) else [value]:
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue
-        if not (math.isfinite(number) and least <= number <= most):
-            limits = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-            raise DistFairError(f"{text}: {limits if least > -math.inf else 'a finite number'}")
+        if not math.isfinite(number):
+            return "a finite number"
+        if not least <= number <= most:
+            return f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+    return None
 
 
 def _check_effect(recipe: Recipe, say: Callable[[str], str]) -> None:

@@ -1,0 +1,170 @@
+"""From a command line to a recipe: Hydra composes files and parses overrides, the typed schema takes what comes out.
+
+    recipe=sfd_gda data=demo      choices: the data card, the detector card, then the recipe, over the schema's defaults
+    a.b=c +a.b=c ~a.b             overrides, in order: change a setting, add an entry, remove an entry
+
+A recipe may build on others by Hydra's defaults list: `defaults: [sfd_gda, {override /detector: resnet50}]`. In a
+file, `interventions: {NAME: null}` leaves out one that it would inherit.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.singleton import Singleton
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_fair import cards
+from dist_fair.cards import Card
+from dist_fair.errors import DistFairError
+from dist_fair.recipe import check
+from dist_fair.resolved import Resolved, flatten, inline
+from dist_fair.typed import Schema
+
+
+def load(arguments: Sequence[str], interventions: Mapping[str, type]) -> Resolved:
+    """The recipe of a command line. interventions: name -> dataclass of its settings.
+
+    train.steps or train.epochs on the command line replaces the other one if that came from a file.
+    Raises DistFairError for unknown names and keys, wrong types and values, and settings without effect.
+    """
+    choices, overrides = _parse(arguments)
+    schema = Schema(interventions)
+    library, chosen = _library(choices)
+    for card in library:
+        schema.check(card.content, card.source)
+    config = schema.typed(_compose(library, chosen))
+    origins = flatten(_compose([_origins(card) for card in library], chosen)) | {"recipe": "command line"}
+    for override in overrides:
+        origins.update(schema.apply(override, config))
+    _replace_length(config, origins)
+    resolved = _resolve(config, origins)
+    _check_wandb(resolved)
+    return resolved
+
+
+def read(path: str | Path, interventions: Mapping[str, type]) -> Resolved:
+    """A recipe.yaml that a run has left. Nothing in it is interpolated, looked up or executed."""
+    content = cards.read_yaml(Path(path), str(path))
+    schema = Schema(interventions)
+    for key, value in flatten(content).items():
+        if "${" in f"{key}{value}":
+            raise DistFairError(f"{path}: {key}={value}: stored recipes are resolved; this file was changed by hand")
+    schema.check(content, str(path))
+    return _resolve(schema.typed(content), dict.fromkeys(flatten(content), str(path)))
+
+
+def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[Override]]:
+    """Choices of files, and overrides of settings, by Hydra's grammar."""
+    choices: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            reason = str(error).partition("\n")[0]
+            raise DistFairError(f"{argument}: key=value, +key=value or ~key is expected ({reason})") from None
+        if override.is_sweep_override():
+            raise DistFairError(f"{argument}: one value a run; a list is written [a,b], a text with commas 'a,b'")
+        if override.package is not None:
+            raise DistFairError(f"{argument}: @package has no use here; write key=value")
+        if override.key_or_group not in cards.GROUPS:
+            overrides.append(override)
+            continue
+        group, choice = override.key_or_group, override.value()
+        if override.is_delete() or override.is_add() or not isinstance(choice, str | int) or group in choices:
+            raise DistFairError(f"{argument}: {group}=NAME or {group}=path/to/file.yaml, once")
+        choices[group] = str(choice)
+    return choices, overrides
+
+
+def _library(choices: Mapping[str, str]) -> tuple[list[Card], list[str]]:
+    """All files that may take part, and the choices as Hydra overrides."""
+    if "recipe" not in choices:
+        known = ", ".join(cards.names("recipe"))
+        raise DistFairError(f"recipe=NAME is missing; known: {known}; your own: recipe=path/to/file.yaml")
+    library, chosen = cards.shipped_cards(), []
+    for group, choice in choices.items():
+        own = cards.own_card(group, choice)
+        library += [own] if own else []
+        chosen.append(f"{group}={own.name if own else choice}")
+    return library, chosen
+
+
+def _compose(library: Iterable[Card], chosen: list[str]) -> dict[str, Any]:
+    """Hydra's merge of the chosen files and those they build on. Leaves Hydra's global state as it was."""
+    before = Singleton.get_state()
+    try:
+        GlobalHydra.instance().clear()
+        store = ConfigStore.instance()
+        store.store("dist_fair", {"defaults": [{"data": "demo"}, {"detector": "small"}, {"recipe": "???"}]})
+        for card in library:
+            node = card.content | ({"defaults": [*card.defaults, "_self_"]} if card.defaults else {})
+            store.store(card.name, node, group=card.group, package="_global_")
+        with initialize(version_base="1.3", config_path=None):
+            return OmegaConf.to_container(compose("dist_fair", chosen), resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise DistFairError(f"{' '.join(chosen)}: the files do not compose: {' '.join(str(error).split())}") from None
+    finally:
+        Singleton.set_state(before)
+
+
+def _origins(card: Card) -> Card:
+    """The same file with its source in place of every value: composed like the values, these are the provenance."""
+
+    def label(value: Any) -> Any:
+        return {name: label(item) for name, item in value.items()} if isinstance(value, dict) else card.source
+
+    return dataclasses.replace(card, content=label(card.content))
+
+
+def _replace_length(config: DictConfig, origins: dict[str, str]) -> None:
+    """steps or epochs from the command line takes the place of the other from a file."""
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        asked = origins.get(f"train.{given}") == "command line" and config.train[given] is not None
+        if asked and origins.get(f"train.{other}") != "command line":
+            config.train[other] = None
+            origins[f"train.{other}"] = f"command line, by train.{given}"
+            return
+
+
+def _resolve(config: DictConfig, origins: Mapping[str, str]) -> Resolved:
+    """Interpolations resolved, settings of interventions built, values checked."""
+    try:
+        OmegaConf.resolve(config)
+        values = OmegaConf.to_container(config)
+    except OmegaConfBaseException as error:
+        raise DistFairError(f"{error.full_key}: {str(error).partition(chr(10))[0]}") from None
+    flat = flatten(values)
+    if unresolved := [key for key, value in flat.items() if "${" in str(value)]:
+        raise DistFairError(f"{unresolved[0]}={flat[unresolved[0]]}: '${{' cannot be part of a value")
+    provenance = {key: origins.get(key, "default") for key in flat}
+    built = {name: _build(name, node) for name, node in config.interventions.items()}
+    config.interventions = {}
+    recipe = OmegaConf.to_object(config)
+    recipe.interventions = built
+    check(recipe, lambda key: f"{key}={inline(flat[key])} ({provenance[key]})")
+    return Resolved(recipe, values, provenance)
+
+
+def _build(name: str, node: DictConfig) -> Any:
+    """The settings of one intervention, checked by its own dataclass."""
+    try:
+        return OmegaConf.to_object(node)
+    except DistFairError as error:
+        raise DistFairError(f"interventions.{name}: {error}") from None
+
+
+def _check_wandb(resolved: Resolved) -> None:
+    """W&B settings asked for on the command line of a run that does not use W&B."""
+    for key in ("wandb.project", "wandb.name", "wandb.tags"):
+        if resolved.recipe.wandb.mode == "disabled" and resolved.provenance[key] == "command line":
+            raise DistFairError(f"{key} has no effect with wandb.mode=disabled ({resolved.provenance['wandb.mode']})")
