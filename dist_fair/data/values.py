@@ -7,7 +7,8 @@ from typing import Any
 
 from dist_fair.errors import DistFairError
 
-UNKNOWN = "unknown"  # as in dist_fair.demographics, whose import (torch) would cost every worker seconds
+# What counts as no value, in lower case. "unknown" as in dist_fair.demographics; the others are how tables are written.
+MISSING = ("", "unknown", "nan", "none", "null")
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,19 @@ class Record:
     manipulation: str | None
     attributes: Mapping[str, str]
 
+    def metadata(self) -> dict[str, Any]:
+        """The object for a shard's .json: what is known, and the label."""
+        named = {"video": self.video, "identity": self.identity, "manipulation": self.manipulation}
+        known = {name: value for name, value in named.items() if value is not None}
+        return {"label": self.label, **known, "attributes": dict(self.attributes)}
+
     def video_name(self, key: str) -> str:
         """The unique name of the sample's video: a fake and the real video that it was made from differ."""
         return f"{(self.manipulation or 'fake') if self.label else 'real'}/{self.video or key}"
 
 
 def text_of(value: Any, place: str) -> str | None:
-    """A metadata value as a string; None for a missing one (None, NaN, empty, "unknown").
+    """A metadata value as a string; None for a missing one (None, NaN, and the texts of MISSING in any case).
 
     A whole float is written without its point: tables turn a column of whole numbers with gaps into floats.
     """
@@ -59,7 +66,7 @@ def text_of(value: Any, place: str) -> str | None:
     if not isinstance(value, str | int | float):
         raise DistFairError(f"{place}: {value!r} is no plain value; give a string or a number")
     text = str(value).strip()
-    return None if text.lower() in ("", UNKNOWN) else text
+    return None if text.lower() in MISSING else text
 
 
 def label_of(value: Any, place: str) -> int:
