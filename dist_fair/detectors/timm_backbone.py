@@ -17,7 +17,7 @@ from dist_fair.detectors.weights import SUFFIXES, load_weights
 from dist_fair.errors import DistFairError, nearest
 
 _OURS = ("num_classes", "global_pool", "in_chans", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
-_CLASSIFIERS = ("fc", "classifier", "head", "last_linear")  # what timm, torchvision and Cadene call it
+_CLASSIFIERS = ("fc", "classifier", "head", "last_linear")  # what timm, torchvision and Cadene call theirs
 _PROBE = 128  # pixels; enough for every stem (Xception needs 71)
 
 
@@ -28,8 +28,7 @@ class TimmDetector(Detector):
     in PG-FDD and UCF; absent in SFD+GDA). pixel_mean, pixel_std: what timm's weights of this model expect.
     """
 
-    def __init__(self, backbone: nn.Module, adjust_channels: int | None = None):
-        channels = _trim(backbone)
+    def __init__(self, backbone: nn.Module, channels: int, adjust_channels: int | None = None):
         width = adjust_channels or channels
         super().__init__(width, width)
         self.backbone = backbone
@@ -66,13 +65,14 @@ def build_timm(
     adjust_channels = arguments.pop("adjust_channels", None)
     if adjust_channels is not None and not (type(adjust_channels) is int and adjust_channels > 0):
         raise DistFairError(f"detector.arguments.adjust_channels={adjust_channels}: a number of channels, or left out")
-    return TimmDetector(create_backbone(name, pretrained, arguments, others), adjust_channels)
+    backbone, channels = create_backbone(name, pretrained, arguments, others)
+    return TimmDetector(backbone, channels, adjust_channels)
 
 
 def create_backbone(
     name: str, pretrained: bool | str, arguments: Mapping[str, object], others: Iterable[str] = ()
-) -> nn.Module:
-    """A timm model without classifier and pooling. pretrained: False, True (default weights), a timm tag or a file.
+) -> tuple[nn.Module, int]:
+    """A timm model without its head, and the channels of its last feature map. pretrained: False, True (default weights), a timm tag or a file.
 
     Raises DistFairError for an unknown name, tag or argument, for dropout (it would draw other numbers on every rank),
     and for weights that cannot be had or do not fit.
@@ -88,15 +88,20 @@ def create_backbone(
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
         if tag not in tags:
             raise DistFairError(f"detector.pretrained={tag}: {base} has no such weights: {nearest(tag, tags)}")
+    dropping = [key for key, value in arguments.items() if "drop" in key and value]
+    if dropping:
+        raise DistFairError(
+            f"detector.arguments.{dropping[0]}={arguments[dropping[0]]}: dropout draws other numbers on every rank: "
+            f"results would depend on how many there are; leave it out"
+        )
     full_name = f"{base}.{tag}" if tag else base
     from_hub = bool(pretrained) and not path
     backbone = _from_hub(full_name, arguments) if from_hub else _untrained(full_name, arguments)
-    _refuse_dropout(backbone, arguments)
+    channels, removed = _trim(backbone)
+    _refuse_dropout(backbone)
     if path:
-        backbone_heads = backbone.pretrained_cfg.get("classifier") or ()
-        named = [backbone_heads] if isinstance(backbone_heads, str) else list(backbone_heads)
-        load_weights(backbone, path, {*_CLASSIFIERS, *(head.split(".")[0] for head in named)})
-    return backbone
+        load_weights(backbone, path, {*_CLASSIFIERS, *removed})
+    return backbone, channels
 
 
 def _untrained(name: str, arguments: Mapping[str, object]) -> nn.Module:
@@ -105,7 +110,9 @@ def _untrained(name: str, arguments: Mapping[str, object]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        raise DistFairError(f"detector.arguments={dict(arguments)}: timm's {name} refuses them: {error}") from error
+        raise DistFairError(
+            f"detector.name={name}: timm cannot build it headless with arguments {dict(arguments)}: {error}"
+        ) from error
 
 
 def _from_hub(name: str, arguments: Mapping[str, object]) -> nn.Module:
@@ -117,8 +124,8 @@ def _from_hub(name: str, arguments: Mapping[str, object]) -> nn.Module:
         _untrained(name, arguments)  # if it is the arguments, that is what to say
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistFairError(
-            f"detector.pretrained: the weights of {name} could not be had from the hub ({reason}); fetch them once where "
-            f"there is a network (HF_HOME names the cache), or give a file: detector.pretrained=PATH.safetensors"
+            f"detector.pretrained: the weights of {name} could not be had from the hub ({reason}); fetch them once "
+            f"where there is a network (HF_HOME names the cache), or give a file: detector.pretrained=PATH.safetensors"
         ) from error
 
 
@@ -126,17 +133,14 @@ def _is_path(text: str) -> bool:
     return text.endswith(SUFFIXES) or os.sep in text
 
 
-def _refuse_dropout(backbone: nn.Module, arguments: Mapping[str, object]) -> None:
-    named = [key for key, value in arguments.items() if "drop" in key and value]
-    if named:
-        raise DistFairError(
-            f"detector.arguments.{named[0]}={arguments[named[0]]}: dropout draws other numbers on every rank, so results "
-            f"would depend on how many there are; leave it out"
-        )
-    for module in backbone.modules():
-        for attribute in ("p", "drop_prob"):
-            if "Drop" in type(module).__name__ and getattr(module, attribute, 0):
-                setattr(module, attribute, 0.0)
+def _refuse_dropout(backbone: nn.Module) -> None:
+    for name, module in backbone.named_modules():
+        rate = max(getattr(module, attribute, 0.0) or 0.0 for attribute in ("p", "drop_prob", "prob"))
+        if "Drop" in type(module).__name__ and rate > 0:
+            raise DistFairError(
+                f"detector.name: {type(backbone).__name__} drops out at '{name}' (rate {rate}), with other random "
+                f"numbers on every rank; switch it off: detector.arguments.drop_rate=0 or drop_path_rate=0"
+            )
 
 
 def last_map(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -155,13 +159,13 @@ def last_map(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _trim(backbone: nn.Module) -> int:
-    """Removes the modules that take no part in the last feature map; returns the map's number of channels."""
+def _trim(backbone: nn.Module) -> tuple[int, set[str]]:
+    """Removes the modules that take no part in the last feature map; returns its channels, and where they were."""
     training = backbone.training
     with torch.enable_grad():
         feature_map = last_map(backbone.eval(), _probe(backbone))
     backbone.train(training)
-    used = _leaves(feature_map)
+    used, removed = _leaves(feature_map), set()
     for name, parameter in list(backbone.named_parameters()):
         if parameter not in used:
             owner = name.rpartition(".")[0]
@@ -171,7 +175,8 @@ def _trim(backbone: nn.Module) -> int:
                     f"map and cannot be removed; choose another backbone"
                 )
             backbone.set_submodule(owner, nn.Identity())
-    return feature_map.shape[1]
+            removed.add(owner.split(".")[0])
+    return feature_map.shape[1], removed
 
 
 def _leaves(tensor: torch.Tensor) -> set[torch.Tensor]:
