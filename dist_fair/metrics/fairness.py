@@ -44,7 +44,7 @@ def disparities(groups: Rates, overall: Rates) -> dict[str, np.ndarray]:
         "F_DP": 100 * _range(groups.pr),
         "F_OAE": 100 * _range(groups.acc),
         "es-AUC": overall.auc[0] / (1 + _sum(np.abs(groups.auc - overall.auc))),
-        "skew": np.maximum(largest, -smallest),
+        "skew": _reduce(np.fmax, np.abs(skew)),
         "skew_max": largest,
         "skew_min": smallest,
         "skew_range": largest - smallest,
