@@ -53,12 +53,13 @@ def own_card(group: str, choice: str) -> Card | None:
     if "/" in choice or choice.endswith((".yaml", ".yml")):
         return read_card(group, Path(choice), choice, "own_" + re.sub(r"\W", "_", Path(choice).stem))
     if choice not in names(group):
+        kind = group if group == "recipe" else f"{group} card"
         hint = {
             "recipe": "your own: recipe=path/to/file.yaml",
             "data": "your own: data=path/to/card.yaml",
             "detector": "any timm model: detector.name=NAME; your own card: detector=path/to/card.yaml",
         }[group]
-        raise DistFairError(f"{group}={choice}: no such {group}: {nearest(choice, names(group))} ({hint})")
+        raise DistFairError(f"{group}={choice}: no such {kind}: {nearest(choice, names(group))} ({hint})")
     return None
 
 
@@ -68,6 +69,11 @@ def read_card(group: str, path: Path, source: str, name: str) -> Card:
     defaults = content.pop("defaults", [])
     if not isinstance(defaults, list):
         raise DistFairError(f"{source}: defaults={defaults}: a list, such as [sfd_gda, override /detector: small]")
+    if group == "recipe" and "recipe" in content:
+        raise DistFairError(
+            f"{source}: recipe={content['recipe']}: a recipe is named by its file; remove this line "
+            "(a run's recipe.yaml is what came out: start from the recipe it names)"
+        )
     content = {**content, "recipe": path.stem} if group == "recipe" else {group: content}
     return Card(group, name, source, defaults, content)
 
@@ -82,14 +88,14 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
         raise DistFairError(f"{source} is not plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise DistFairError(f"{source}: a mapping of settings is expected, such as `seed: 1`")
-    _refuse_targets(content, source, "")
+    refuse_targets(content, source)
     return content
 
 
-def _refuse_targets(content: Any, source: str, prefix: str) -> None:
+def refuse_targets(content: Any, source: str, prefix: str = "") -> None:
     """Recipes hold settings: nothing in them names code to run."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for name, value in items:
-        if not isinstance(name, int) and str(name).startswith("_target"):
+        if str(name) == "_target_":
             raise DistFairError(f"{source}: {prefix}{name}: recipes hold settings and name no code; remove it")
-        _refuse_targets(value, source, f"{prefix}{name}.")
+        refuse_targets(value, source, f"{prefix}{name}.")

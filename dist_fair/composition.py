@@ -33,19 +33,22 @@ from dist_fair.typed import Schema
 def load(arguments: Sequence[str], interventions: Mapping[str, type]) -> Resolved:
     """The recipe of a command line. interventions: name -> dataclass of its settings.
 
-    train.steps or train.epochs on the command line replaces the other one if that came from a file.
+    train.steps or train.epochs on the command line replaces the other one if that came from a file; a detector.name
+    outside the chosen card drops the card's detector.arguments.
     Raises DistFairError for unknown names and keys, wrong types and values, and settings without effect.
     """
     choices, overrides = _parse(arguments)
     schema = Schema(interventions)
     library, chosen = _library(choices)
+    composed, origins = _compose(library, chosen)
     for card in library:
-        schema.check(card.content, card.source)
-    config = schema.typed(_compose(library, chosen))
-    origins = flatten(_compose([_origins(card) for card in library], chosen)) | {"recipe": "command line"}
+        if card.source in origins.values():
+            schema.check(card.content, card.source)
+    config = schema.typed(composed)
     for override in overrides:
         origins.update(schema.apply(override, config))
     _replace_length(config, origins)
+    _drop_arguments(config, origins, library)
     resolved = _resolve(config, origins)
     _check_wandb(resolved)
     return resolved
@@ -99,22 +102,32 @@ def _library(choices: Mapping[str, str]) -> tuple[list[Card], list[str]]:
     return library, chosen
 
 
-def _compose(library: Iterable[Card], chosen: list[str]) -> dict[str, Any]:
-    """Hydra's merge of the chosen files and those they build on. Leaves Hydra's global state as it was."""
+def _compose(library: Sequence[Card], chosen: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Hydra's merge of the chosen files and those they build on, and dotted key -> the file that set it.
+
+    Leaves Hydra's global state as it was.
+    """
     before = Singleton.get_state()
     try:
-        GlobalHydra.instance().clear()
-        store = ConfigStore.instance()
-        store.store("dist_fair", {"defaults": [{"data": "demo"}, {"detector": "small"}, {"recipe": "???"}]})
-        for card in library:
-            node = card.content | ({"defaults": [*card.defaults, "_self_"]} if card.defaults else {})
-            store.store(card.name, node, group=card.group, package="_global_")
-        with initialize(version_base="1.3", config_path=None):
-            return OmegaConf.to_container(compose("dist_fair", chosen), resolve=False)
+        values = _merge(library, chosen)
+        origins = flatten(_merge([_origins(card) for card in library], chosen))
     except (HydraException, OmegaConfBaseException) as error:
         raise DistFairError(f"{' '.join(chosen)}: the files do not compose: {' '.join(str(error).split())}") from None
     finally:
         Singleton.set_state(before)
+    return values, origins | {"recipe": "command line"}
+
+
+def _merge(library: Iterable[Card], chosen: list[str]) -> dict[str, Any]:
+    """Composes the chosen files as Hydra does, interpolations left as they are."""
+    GlobalHydra.instance().clear()
+    store = ConfigStore.instance()
+    store.store("dist_fair", {"defaults": [{"data": "demo"}, {"detector": "small"}, {"recipe": "???"}]})
+    for card in library:
+        node = card.content | ({"defaults": [*card.defaults, "_self_"]} if card.defaults else {})
+        store.store(card.name, node, group=card.group, package="_global_")
+    with initialize(version_base="1.3", config_path=None):
+        return OmegaConf.to_container(compose("dist_fair", chosen), resolve=False)
 
 
 def _origins(card: Card) -> Card:
@@ -136,13 +149,28 @@ def _replace_length(config: DictConfig, origins: dict[str, str]) -> None:
             return
 
 
+def _drop_arguments(config: DictConfig, origins: Mapping[str, str], library: Iterable[Card]) -> None:
+    """The arguments of a detector card belong to its detector: another detector.name does not inherit them."""
+    detectors = {card.source for card in library if card.group == "detector"}
+    if origins.get("detector.name") in detectors:
+        return
+    for name in [*config.detector.arguments]:
+        key = f"detector.arguments.{name}"
+        sources = {source for known, source in origins.items() if known == key or known.startswith(f"{key}.")}
+        if sources <= detectors:
+            del config.detector.arguments[name]
+
+
 def _resolve(config: DictConfig, origins: Mapping[str, str]) -> Resolved:
     """Interpolations resolved, settings of interventions built, values checked."""
     try:
         OmegaConf.resolve(config)
         values = OmegaConf.to_container(config)
     except OmegaConfBaseException as error:
-        raise DistFairError(f"{error.full_key}: {str(error).partition(chr(10))[0]}") from None
+        raw = flatten(OmegaConf.to_container(config, resolve=False))
+        texts = [f"{key}={value} ({origins.get(key, 'default')})" for key, value in raw.items() if "${" in str(value)]
+        reason = str(error).partition("\n")[0]
+        raise DistFairError(f"{'; '.join(texts)}: cannot be resolved: {reason}") from None
     flat = flatten(values)
     if unresolved := [key for key, value in flat.items() if "${" in str(value)]:
         raise DistFairError(f"{unresolved[0]}={flat[unresolved[0]]}: '${{' cannot be part of a value")

@@ -209,9 +209,13 @@ def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
         if fault := _out_of_range(value, field):
             raise DistFairError(f"{say(key)}: {fault}")
     data, train = recipe.data, recipe.train
+    if not recipe.out:
+        raise DistFairError("out is empty: name a run folder, such as out=runs/first")
     for key, value in (("data.root", data.root), ("data.train", data.train), ("detector.name", recipe.detector.name)):
         if not value:
             raise DistFairError(f"{say(key)} is empty: choose a card with {key.partition('.')[0]}=NAME, or set {key}")
+    if len({*data.train}) < len(data.train):
+        raise DistFairError(f"{say('data.train')}: a folder is listed twice")
     for key in ("data.mean", "data.std"):
         if len(getattr(data, key.removeprefix("data."))) != 3:
             raise DistFairError(f"{say(key)}: three numbers, for red, green and blue")

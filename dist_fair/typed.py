@@ -1,13 +1,15 @@
 """The schema of a recipe as OmegaConf: files and overrides are merged into it one by one, so that errors name them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from dist_fair.cards import refuse_targets
 from dist_fair.errors import DistFairError, nearest
 from dist_fair.recipe import Recipe, Tape
 from dist_fair.resolved import flatten, inline
@@ -26,9 +28,15 @@ class Schema:
         """Defaults overlaid with `content`, typed throughout. Interventions that are null are left out."""
         rest = {name: value for name, value in content.items() if name != "interventions"}
         config = OmegaConf.merge(OmegaConf.structured(Recipe), rest)
-        for name, settings in (content.get("interventions") or {}).items():
-            if settings is not None:
-                config.interventions[name] = OmegaConf.merge(self.intervention(name), settings)
+        chosen = content.get("interventions", {})
+        if not isinstance(chosen, Mapping):
+            raise DistFairError(f"interventions={inline(chosen)}: expected NAME: settings, a mapping")
+        for name, settings in chosen.items():
+            if settings is None:
+                continue
+            if not isinstance(settings, Mapping):
+                raise DistFairError(f"interventions.{name}={inline(settings)}: expected a mapping of settings")
+            config.interventions[name] = OmegaConf.merge(self.intervention(name), settings)
         return config
 
     def intervention(self, name: str) -> DictConfig:
@@ -39,32 +47,51 @@ class Schema:
 
     def check(self, content: Mapping[str, Any], source: str) -> None:
         """Raises DistFairError for an unknown key or a value of the wrong type in `content`, found in `source`."""
-        for key, value in flatten(content).items():
-            try:
-                self.typed(nest(key, value))
-            except ConfigKeyError:
-                raise DistFairError(f"{source}: unknown key {key}: {self.suggestion(key)}") from None
-            except OmegaConfBaseException:
-                raise DistFairError(f"{source}: {key}={inline(value)}: expected {self.expected(key)}") from None
-            except DistFairError as error:
-                raise DistFairError(f"{source}: {error}") from None
+        try:
+            self.typed(content)
+        except (OmegaConfBaseException, DistFairError):
+            for key, value in flatten(content).items():
+                self._check_one(key, value, source)
+            raise
+
+    def _check_one(self, key: str, value: Any, source: str) -> None:
+        try:
+            self.typed(nest(key, value))
+        except ConfigKeyError:
+            raise DistFairError(f"{source}: unknown key {key}: {self.suggestion(key)}") from None
+        except OmegaConfBaseException:
+            raise DistFairError(f"{source}: {key}={inline(value)}: expected {self.expected(key)}") from None
+        except DistFairError as error:
+            raise DistFairError(f"{source}: {error}") from None
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        """("key=default", meaning and type) of every key."""
+        for key, field in self.keys.items():
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            choices = [inline(choice) for choice in field.metadata.get("choices", ())]
+            kind = " | ".join(choices) if choices else in_words(field.type)
+            yield f"{key}={inline(default)}", f"{field.metadata.get('meaning', '')} ({kind})".strip()
 
     def expected(self, key: str) -> str:
-        """The type of a key, or of the section that it lies in, in words of YAML."""
-        while key not in self.keys and "." in key:
-            key = key.rpartition(".")[0]
-        field = self.keys.get(key)
-        return describe(field) if field else "a section: settings under it have their own keys"
+        """What a key takes, in words of YAML."""
+        key = re.sub(r"^data\.tapes\.[^.]+", "data.tapes.NAME", key)
+        if key in self.keys:
+            return in_words(self.keys[key].type)
+        parent = key.rpartition(".")[0]
+        if parent in self.keys and get_origin(self.keys[parent].type) is dict:
+            return in_words(get_args(self.keys[parent].type)[1])
+        return "settings under it: a mapping" if parent not in self.keys else in_words(self.keys[parent].type)
 
     def suggestion(self, key: str) -> str:
         """What an unknown key may have meant: the same last word elsewhere, or the nearest spelling."""
-        last = key.rpartition(".")[2]
-        same = [known for known in self.keys if known.rpartition(".")[2] == last]
-        if same:
+        section, _, last = key.rpartition(".")
+        if same := [known for known in self.keys if known.rpartition(".")[2] == last]:
             return f"did you mean {' or '.join(same)}?"
-        section = key.rpartition(".")[0]
         siblings = [known for known in self.keys if known.rpartition(".")[0] == section]
-        return nearest(key, siblings or [*self.keys])
+        close = nearest(key, [*self.keys])
+        if close.startswith("known"):
+            close = nearest(key, siblings) if section and siblings else "`dist-fair recipes keys` lists all keys"
+        return close
 
     def apply(self, override: Override, config: DictConfig) -> dict[str, str]:
         """Carries out `a.b=c`, `+a.b=c` or `~a.b` on `config`; returns the origins of what it set."""
@@ -73,6 +100,7 @@ class Schema:
         if override.is_delete():
             _remove(config, parent, name, text, self)
             return {}
+        refuse_targets(nest(key, value), "command line")
         self.check(nest(key, value), "command line")
         adds = override.is_add() or override.is_force_add()
         if parent == "interventions" and value is None:
@@ -93,11 +121,17 @@ def nest(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def describe(field: dataclasses.Field) -> str:
-    """The type of a field in words of YAML: "int or null"."""
-    kind = field.type
-    text = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", ()) else str(kind)
-    return text.replace("typing.", "").replace("None", "null").replace(" | ", " or ")
+def in_words(kind: Any) -> str:
+    """A type in words of YAML: "int or null", "[float, ...]", "{name: [str, ...]}"."""
+    if get_origin(kind) is list:
+        return f"[{in_words(get_args(kind)[0])}, ...]"
+    if get_origin(kind) is dict:
+        return f"{{name: {in_words(get_args(kind)[1])}}}"
+    if get_args(kind):
+        return " or ".join(in_words(one) for one in get_args(kind))
+    if dataclasses.is_dataclass(kind):
+        return f"{{{', '.join(field.name for field in dataclasses.fields(kind))}}}"
+    return {Any: "value", type(None): "null"}.get(kind) or kind.__name__
 
 
 def _keys(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
