@@ -188,7 +188,7 @@ def _build(name: str, node: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(node)
     except DistFairError as error:
-        raise DistFairError(f"interventions.{name}: {error}") from None
+        raise DistFairError(f"interventions.{name}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def _check_wandb(resolved: Resolved) -> None:

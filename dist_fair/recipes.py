@@ -44,7 +44,7 @@ def listing() -> str:
 
 def interventions() -> Mapping[str, type]:
     """Name -> dataclass of settings of all interventions."""
-    from dist_fair.interventions import registered
+    from dist_fair.interventions.base import registered
 
     return {name: kind.Settings for name, kind in registered().items()}
 
