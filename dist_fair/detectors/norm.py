@@ -18,7 +18,8 @@ average over ranks makes the sum of the parts. N is the global number of values 
 numbers of rows, or none, as long as they all call.
 
 The moments are combined in fp64. var = E[x^2] - mean^2 then loses 1e-16 mean^2 / var: nothing at mean 1e4 and std 1,
-where the same sum in fp32 has no correct digit. The local moments come from two-pass or Welford kernels.
+where the same sum in fp32 has no correct digit. The local moments come from two-pass or Welford kernels, in fp32 for
+fp32 input.
 """
 
 import torch
@@ -199,4 +200,4 @@ def _has_batch_statistics(layer: nn.Module) -> bool:
 
     if isinstance(layer, (_Replacement, FrozenBatchNorm2d, FrozenBatchNormAct2d)):
         return False
-    return isinstance(layer, _BatchNorm) or "running_var" in layer._buffers
+    return isinstance(layer, _BatchNorm) or layer._buffers.get("running_var") is not None

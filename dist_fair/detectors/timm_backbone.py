@@ -72,8 +72,9 @@ def build_timm(
 def create_backbone(
     name: str, pretrained: bool | str, arguments: Mapping[str, object], others: Iterable[str] = ()
 ) -> tuple[nn.Module, int]:
-    """A timm model without its head, and the channels of its last feature map. pretrained: False, True (default weights), a timm tag or a file.
+    """A timm model without its head, and the channels of its last feature map.
 
+    pretrained: False, True (timm's default weights), a timm tag ("tv_in1k"), or a file with the backbone's weights.
     Raises DistFairError for an unknown name, tag or argument, for dropout (it would draw other numbers on every rank),
     and for weights that cannot be had or do not fit.
     """
