@@ -167,7 +167,7 @@ def build(settings: Mapping[str, Settings], facts: Facts, features: int) -> tupl
 def exchange(
     summaries: Mapping[str, Summary], comm: Communicator, sizes: Sequence[int]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Local summaries of all interventions -> global ones; one all-reduce, one all-gather, whatever the recipe lists."""
+    """Local summaries of all interventions -> global ones; one all-reduce, one all-gather for any recipe."""
     sums = {(owner, key): part.tensor for owner, parts in summaries.items() for key, part in parts.items()
             if isinstance(part, Sum)}  # fmt: skip
     gathers = {(owner, key): part.rows for owner, parts in summaries.items() for key, part in parts.items()

@@ -25,6 +25,8 @@ class CrossEntropy(Intervention):
     mean over the fakes. A class that the global batch lacks contributes 0. Term: cross_entropy.
     """
 
+    terms = ("cross_entropy",)
+
     @dataclass
     class Settings(Weighted):
         """reduction: mean | class_balanced."""

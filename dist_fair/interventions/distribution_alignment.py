@@ -33,6 +33,8 @@ class DistributionAlignment(Intervention):
     Term: distribution_alignment.
     """
 
+    terms = ("distribution_alignment",)
+
     @dataclass
     class Settings(Weighted):
         """weight: the paper's lambda. epsilon: of the transport, at most 1 and at least 1e-4. grid: number of bins.
