@@ -44,9 +44,7 @@ LAYOUTS: Mapping[str, Layout] = {"plain": plain, "pg_fdd": pg_fdd}
 def _pg_fdd_file(file: Path, options: TableOptions) -> Iterator[Entry]:
     match = re.search(r"(train|val|test)$", file.stem)
     if match is None:
-        raise DistFairError(
-            f"{file}: the split cannot be told from the name; call it ...train.csv, ...val.csv or ...test.csv"
-        )
+        raise DistFairError(f"{file}: its name shows no split; call it ...train.csv, ...val.csv or ...test.csv")
     columns, rows = read_table(file, options.rename)
     require(file, columns, ("img_path", "label", "ismale", "iswhite", "isblack"))
     for place, row in rows:
