@@ -121,7 +121,7 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors:
     parameters = dict(module.named_parameters())
     for name, value in tensors.items():
         key, _, owner = name.partition("/")
-        if owner not in parameters or value.dim() and value.shape != parameters[owner].shape:
+        if owner not in parameters or (value.dim() and value.shape != parameters[owner].shape):
             raise DistFairError(f"optimizer state '{name}' {tuple(value.shape)} does not fit this recipe's detector")
         parameter = parameters[owner]
         optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value

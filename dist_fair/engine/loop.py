@@ -91,6 +91,7 @@ class Trainer:
         accumulate = self.rhythm.accumulate
         stream = iter(batches(self.step * accumulate, self.rhythm.stop * accumulate))
         self.module.train()
+        self.comm.drain()
         while self.step < self.rhythm.stop:
             changes = self._restructure(scoring)
             values = self._step(stream) | changes

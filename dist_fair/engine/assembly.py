@@ -1,0 +1,148 @@
+"""From a recipe to the parts of a run: data, detector, interventions. What can be refused is refused here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_fair import keyed
+from dist_fair.collectives import Communicator
+from dist_fair.data.index import Index, read_index
+from dist_fair.data.plan import TapeSpec, TrainingPlan
+from dist_fair.demographics import Groups
+from dist_fair.detectors import build_detector
+from dist_fair.engine import checkpoint
+from dist_fair.engine.module import TrainingModule
+from dist_fair.errors import DistFairError
+from dist_fair.interventions.base import Facts, Settings, build
+from dist_fair.recipe import Data, DetectorSettings, Recipe
+
+
+def dataset_folder(data: Data, entry: str) -> Path:
+    """The folder meant by an entry of data.train or data.eval: absolute, or under data.root."""
+    return Path(entry) if Path(entry).is_absolute() else Path(data.root) / entry
+
+
+def dataset_names(entries: Sequence[str]) -> dict[str, str]:
+    """Entry -> the name under which its results are filed: 'celebdf/test' becomes 'celebdf-test'."""
+    names = {entry: "-".join(part for part in Path(entry).parts if part != "/") for entry in entries}
+    if len(set(names.values())) < len(entries):
+        raise DistFairError(f"data.eval={list(entries)}: two entries with one name: each data set once")
+    return names
+
+
+def prepare_demo(data: Data, comm: Communicator) -> None:
+    """Draws the demo faces if they are what is asked for and are not there: rank 0 draws, the others wait."""
+    if data.name == "demo" and not Path(data.root).exists():
+        if comm.rank == 0:
+            from dist_fair.data import demo
+
+            demo.make(Path(data.root))
+        comm.barrier("demo faces")
+
+
+def training_index(data: Data) -> Index:
+    """All training samples with the declared attributes.
+
+    Raises DistFairError if an attribute, or a group of all attributes together, is absent from the data.
+    """
+    index = Index.concatenate([read_index(dataset_folder(data, entry)) for entry in data.train])
+    index = index.with_values(data.attributes)
+    if not data.attributes:
+        return index
+    groups = Groups.of([*data.attributes], vocabulary(index))
+    counts = np.bincount(groups.codes(codes_of(index)) + 1, minlength=len(groups) + 1)[1:]
+    if absent := [name for name, count in zip(groups.names, counts, strict=True) if count == 0]:
+        raise DistFairError(
+            f"data.attributes: no training sample of group {', '.join(absent)} in {', '.join(index.folders)}; "
+            "leave the value out of data.attributes, or the attribute, or add data"
+        )
+    return index
+
+
+def evaluation_indexes(data: Data, training: Mapping[str, Sequence[str]]) -> dict[str, Index]:
+    """Name -> samples of each evaluation set, attributes in the values of the training data."""
+    return {
+        name: read_index(dataset_folder(data, entry)).with_values(training)
+        for entry, name in dataset_names(data.eval).items()
+    }
+
+
+def vocabulary(index: Index) -> dict[str, tuple[str, ...]]:
+    """Attribute -> its values, in code order."""
+    return {name: column.values for name, column in index.attributes.items()}
+
+
+def codes_of(index: Index) -> dict[str, np.ndarray]:
+    """Attribute -> codes (N,)."""
+    return {name: column.codes for name, column in index.attributes.items()}
+
+
+def training_plan(recipe: Recipe, index: Index) -> TrainingPlan:
+    """The plan of micro-batches; `train.accumulate` of them make a step."""
+    tapes = [TapeSpec(name, tape.label, tape.share, tape.where) for name, tape in recipe.data.tapes.items()]
+    return TrainingPlan(
+        index,
+        tapes or [TapeSpec("all", None)],
+        batch_size=recipe.train.batch_size // recipe.train.accumulate,
+        lanes=recipe.data.lanes,
+        window=recipe.data.window,
+        seed=recipe.seed,
+    )
+
+
+def total_steps(recipe: Recipe, plan: TrainingPlan) -> int:
+    """Optimizer steps of the whole run: train.steps, or train.epochs in steps, rounded up."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return math.ceil(recipe.train.epochs * plan.steps_per_epoch / recipe.train.accumulate)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains, and on what."""
+
+    index: Index
+    plan: TrainingPlan
+    steps: int
+    module: TrainingModule
+
+
+def assemble(recipe: Recipe, comm: Communicator) -> Parts:
+    """Index, plan, detector and interventions; the same initial weights on every rank."""
+    index = training_index(recipe.data)
+    plan = training_plan(recipe, index)
+    plan.part(0, comm.rank, comm.world)
+    steps = total_steps(recipe, plan)
+    return Parts(index, plan, steps, build_module(recipe, index, steps, comm))
+
+
+def build_module(recipe: Recipe, index: Index, steps: int, comm: Communicator) -> TrainingModule:
+    """Detector and interventions of a recipe, initialised from the seed."""
+    torch.manual_seed(keyed.integer(recipe.seed, "detector"))
+    chosen = recipe.detector
+    detector = build_detector(chosen.name, chosen.pretrained, chosen.norm, chosen.arguments, comm)
+    torch.manual_seed(keyed.integer(recipe.seed, "interventions"))
+    facts = Facts(index=index, seed=recipe.seed, steps=steps, channels=detector.channels)
+    settings: dict[str, Settings] = recipe.interventions
+    interventions, width = build(settings, facts, detector.features)
+    if not any(part.terms for part in interventions.values()):
+        raise DistFairError("interventions: none of them has an objective, nothing would be learned: "
+                            "add cross_entropy, +interventions.cross_entropy={}")  # fmt: skip
+    if width != detector.features:
+        detector.resize_classifier(width)
+    module = TrainingModule(detector, interventions, comm, recipe.train.precision)
+    if chosen.init_from:
+        load_detector(module, chosen)
+    return module
+
+
+def load_detector(module: TrainingModule, settings: DetectorSettings) -> None:
+    """Starts from the detector (not the interventions) of another run, checkpoint or safetensors file."""
+    source = Path(settings.init_from)
+    tensors = checkpoint.open_part(source)
+    own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
+    checkpoint.load_model(module.detector, own or tensors, source)

@@ -1,0 +1,63 @@
+"""Which ranks there are: checked against what was asked for, and started where asked to."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from dist_fair.errors import DistFairError, on_all_ranks
+
+HOW = (
+    "launch with `dist-fair {verb} --ranks N ...`, `torchrun --nproc_per_node N -m dist_fair.{verb} ...`, or "
+    "`accelerate launch --multi_gpu --num_processes N -m dist_fair.{verb} ...` (without GPUs too: without --multi_gpu "
+    "accelerate starts one process)"
+)
+
+
+def relaunch(verb: str, ranks: int, arguments: Sequence[str]) -> None:
+    """Replaces this process by torchrun with `ranks` local ranks of `dist_fair.VERB`. Does not return."""
+    if ranks < 1:
+        raise DistFairError(f"--ranks {ranks}: at least 1")
+    if "RANK" in os.environ:
+        raise DistFairError(
+            f"--ranks {ranks}: this is one of {os.environ.get('WORLD_SIZE')} launched ranks; leave it out"
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    sys.stdout.flush()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.execv(sys.executable, [*command, "-m", f"dist_fair.{verb}", *arguments])
+
+
+def check_world(verb: str, expected: int | None) -> None:
+    """Raises DistFairError if this process is not one of as many ranks as were asked for.
+
+    accelerate's simple launcher starts one process whatever --num_processes says, but then sets MASTER_ADDR without
+    WORLD_SIZE: that is how it is recognised.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    with on_all_ranks():
+        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+            raise DistFairError(
+                "accelerate launch was asked for several processes and started one: " + HOW.format(verb=verb)
+            )
+        if expected is not None and expected != world:
+            raise DistFairError(f"train.ranks={expected}, but there are {world} ranks: " + HOW.format(verb=verb))
+
+
+def accelerator() -> Accelerator:
+    """The process group and device of this rank: GPUs if this node has any, else the CPU and gloo.
+
+    Buffers are not broadcast: synced norm keeps them equal, and a broadcast would hide it if it did not.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local:
+        raise DistFairError(f"{local} ranks on this node and {gpus} GPUs: one rank per GPU, or CUDA_VISIBLE_DEVICES= "
+                            "to train on the CPU")  # fmt: skip
+    if gpus == 0 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(cpu=gpus == 0, mixed_precision="no", kwargs_handlers=[ddp])

@@ -1,0 +1,51 @@
+"""`dist-fair train recipe=NAME [key=value ...]`, or `accelerate launch`/`torchrun` with `-m dist_fair.train`."""
+
+import argparse
+import sys
+
+from dist_fair.cli import guarded
+from dist_fair.errors import on_all_ranks
+
+
+def main(arguments: list[str]) -> int:
+    """Trains, then evaluates. Exit code 0, also when stopped by train.stop_after."""
+    parser = argparse.ArgumentParser(
+        prog="dist-fair train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`dist-fair train --keys` lists all keys; `dist-fair recipes` all recipes.",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe=NAME, then overrides: a.b=c, +a.b=c, ~a.b"
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, train nothing")
+    parser.add_argument("--keys", action="store_true", help="list all keys with their types, defaults and meaning")
+    options = parser.parse_args(arguments)
+    if options.keys:
+        from dist_fair.recipes import schema_help
+
+        print(schema_help())
+        return 0
+    from dist_fair.engine.launch import check_world, relaunch
+
+    if options.ranks is not None:
+        relaunch("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
+    from dist_fair.composition import load
+    from dist_fair.recipes import interventions
+
+    with on_all_ranks():
+        resolved = load(options.overrides, interventions())
+    check_world("train", resolved.recipe.train.ranks)
+    from dist_fair.session import Session
+
+    session = Session(resolved)
+    if options.dry_run:
+        if session.leader:
+            print(session.describe())
+        return 0
+    if session.train() and session.tests:
+        session.evaluate(session.tests)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
