@@ -18,7 +18,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT = 60.0  # seconds
+TIMEOUT = 60.0  # seconds, from when all ranks run
+_START = 120.0  # seconds; the fork server's first import of torch, on a busy machine
 
 
 def run_ranks(world: int, function: Callable, *arguments: Any, timeout: float = TIMEOUT) -> list:
@@ -29,7 +30,7 @@ def run_ranks(world: int, function: Callable, *arguments: Any, timeout: float = 
     seconds. No process is left behind.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "timm"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "pytest"])
     with tempfile.TemporaryDirectory() as folder, _unnamed_main():
         processes, pipes = [], {}
         try:
@@ -41,11 +42,21 @@ def run_ranks(world: int, function: Callable, *arguments: Any, timeout: float = 
                 sender.close()
                 processes.append(process)
                 pipes[receiver] = rank
+            _await_start(pipes)
             return _collect(pipes, folder, time.monotonic() + timeout, timeout)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def _await_start(pipes: dict[Connection, int]) -> None:
+    deadline = time.monotonic() + _START
+    for pipe, rank in pipes.items():
+        if not pipe.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"rank {rank} did not start in {_START:g} s")
+        with contextlib.suppress(EOFError):  # it died: _collect says so
+            pipe.recv_bytes()
 
 
 def _collect(pipes: dict[Connection, int], folder: str, deadline: float, timeout: float) -> list:
@@ -76,6 +87,8 @@ def _time(answer: tuple) -> float:
 
 
 def _rank(rank: int, world: int, folder: str, task: bytes, pipe: Connection) -> None:
+    pipe.send_bytes(b"started")
+
     import torch
     import torch.distributed as dist
 

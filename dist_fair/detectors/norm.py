@@ -111,7 +111,7 @@ class SyncedBatchNorm(_Replacement):
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
         self.num_batches_tracked += 1
-        momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        momentum = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
         unbiased = variance * unbiasing(count)
         self.running_mean += momentum * (mean - self.running_mean)
         self.running_var += momentum * (unbiased - self.running_var)
