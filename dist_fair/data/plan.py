@@ -32,8 +32,6 @@ from math import gcd
 import numpy as np
 
 from dist_fair import keyed
-from dist_fair.data.hashing import consumed_hash as consumed_hash  # part of the plan: the proof that it was kept
-from dist_fair.data.hashing import expected_hash as expected_hash
 from dist_fair.data.index import Index
 from dist_fair.errors import DistFairError, nearest
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dist_fair.data import opencv as opencv_module
-from dist_fair.data.reading import Reader, counts_by_group
+from dist_fair.data.reading import Reader, _fault, counts_by_group
 from dist_fair.errors import DistFairError
 from tests.data.making import bare_index, encoded, made_index, picture
 
@@ -127,6 +127,12 @@ def test_broken_images_fail_naming_place_and_settings(tmp_path, kind):
     assert "data.bad_samples=substitute" in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in BROKEN if "byte" not in kind and kind != "huge"])
+def test_a_missing_end_is_seen_without_the_decoder(kind):
+    """OpenCV 5 refuses truncated images, OpenCV 4 fills them with grey."""
+    assert _fault(broken(kind)[1]) is not None
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_images_give_way_to_one_of_the_same_group(tmp_path, kind):
     index = with_one_broken(tmp_path, kind)
@@ -185,7 +191,7 @@ def test_check_before_training():
     assert Reader(index, 24).check(np.arange(3)).tolist() == []
     assert Reader(index, 24, max_pixels=60_000_000, policy="substitute").check().tolist() == [3]
     index.width[:] = 65536
-    index.height[:] = 65536  # 2**32 pixels, 0 in 32 bits
+    index.height[:] = 65537  # 2**32 + 65536 pixels: 65536 in 32 bits
     assert len(Reader(index, 24, "substitute").check()) == 40
 
 
