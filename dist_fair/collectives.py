@@ -107,14 +107,14 @@ class Communicator:
         if not _has_all_to_all(self.group):
             return self._gather(rows, name, sizes)[:, self.rank * width : (self.rank + 1) * width].contiguous()
         self._enter(name, rows)
-        send = [part.contiguous() for part in rows.split(width, dim=1)]
-        receive = [rows.new_empty((size, width, *rows.shape[2:])) for size in sizes]
-        dist.all_to_all(receive, send, group=self.group)
-        return torch.cat(receive)
+        send = torch.cat(rows.split(width, dim=1))
+        receive = rows.new_empty((sum(sizes), width, *rows.shape[2:]))
+        dist.all_to_all_single(receive, send, sizes, [len(rows)] * self.world, group=self.group)
+        return receive
 
     def agree(self, value: bytes, name: str) -> None:
         """Raises DistFairError, on every rank, unless all ranks hold the same 16 bytes."""
-        mine = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self._device(), torch.int32)
+        mine = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self.device, torch.int32)
         everyone = self.gather(mine.unsqueeze(0), name)
         if not bool((everyone == everyone[0]).all()):
             odd = [rank for rank, row in enumerate(everyone) if not torch.equal(row, everyone[0])]
@@ -122,7 +122,7 @@ class Communicator:
 
     def any(self, flag: bool, name: str) -> bool:
         """True on every rank if true on one of them."""
-        return bool(self.maximum(torch.tensor([int(flag)], device=self._device()), name).item())
+        return bool(self.maximum(torch.tensor([int(flag)], device=self.device), name).item())
 
     def barrier(self, name: str) -> None:
         """Waits for all ranks."""
@@ -130,7 +130,7 @@ class Communicator:
 
     def objects(self, value: object, name: str) -> list:
         """Every rank's JSON-like value, in rank order. As JSON: torch's object gather would unpickle."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._device())
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = self.gather(torch.tensor([len(text)], device=text.device), f"{name}/sizes").tolist()
         texts = self._gather(text, name, sizes).cpu().numpy().tobytes()
         ends = [sum(sizes[: rank + 1]) for rank in range(self.world)]
@@ -175,7 +175,9 @@ class Communicator:
             raise ValueError(f"rank {self.rank} of {self.world} has {len(rows)} rows, the plan says {sizes}")
         return sizes
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor of no other home must lie for this backend."""
         nccl = self.world > 1 and "nccl" in str(dist.get_backend(self.group))
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
