@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +264,25 @@ def test_only_what_changed_is_built_again(tmp_path: Path, monkeypatch: pytest.Mo
     (out / "00001.tar").write_bytes(b"cut")
     build([table], images, out, samples_per_shard=3)
     assert written() == ["00002.tar", "00001.tar"]
+
+
+def test_an_index_of_older_shards_does_not_outlive_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, rows = faces(tmp_path)
+    table, out = write_table(tmp_path / "t.csv", rows), tmp_path / "out"
+    build([table], images, out)
+    file = images / "v000" / "00.jpg"
+    file.write_bytes(file.read_bytes()[::-1])  # as long as before, so that the sizes of the shards tell nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "index_folder", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build([table], images, out)
+    (index,) = build([table], images, out)
+    sample = index.keys.tolist().index("v000__00")
+    assert index.image_crc[sample] == zlib.crc32(file.read_bytes())
+
+
+def interrupt(*arguments: object, **named: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_another_table_needs_overwrite(tmp_path: Path) -> None:
