@@ -1,6 +1,6 @@
 """Utility and fairness of predictions: pure functions of NumPy arrays, in float64."""
 
 from dist_fair.metrics.evaluation import evaluate
-from dist_fair.metrics.predictions import Predictions, read_predictions, write_predictions
+from dist_fair.metrics.predictions import Predictions
 
-__all__ = ["Predictions", "evaluate", "read_predictions", "write_predictions"]
+__all__ = ["Predictions", "evaluate"]

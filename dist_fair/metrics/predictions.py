@@ -45,6 +45,58 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.sample_id)
 
+    @classmethod
+    def read(cls, path: str | Path) -> "Predictions":
+        """The predictions of a file that `write` wrote; every further column is an attribute.
+
+        Raises DistFairError, naming the file, where it is missing, not Parquet, or lacks a column.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            # Not through the datasets API, which would take folder names such as "seed=1" for columns.
+            table = pyarrow.parquet.ParquetFile(path).read()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DistFairError(f"{path}: no predictions can be read ({error}); run the evaluation again") from error
+        missing = [name for name in FIXED_COLUMNS if name not in table.column_names]
+        if missing:
+            raise DistFairError(f"{path}: the columns {missing} are missing; run the evaluation again")
+        numbers = {name: table[name].to_numpy() for name in ("label", "score")}
+        names = [name for name in table.column_names if name not in numbers]
+        text = {name: [UNKNOWN if value is None else str(value) for value in table[name].to_pylist()] for name in names}
+        try:
+            return cls(text.pop("sample_id"), text.pop("video"), **numbers, attributes=text)
+        except DistFairError as error:
+            raise DistFairError(f"{path}: {error}") from error
+
+    def write(self, path: str | Path) -> None:
+        """Parquet with the columns sample_id, video, label, one per attribute, score, in the order of the samples.
+
+        Written aside, synced and renamed: a file under `path` is always whole.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = {
+            "sample_id": pyarrow.array(self.sample_id.tolist(), pyarrow.string()),
+            "video": pyarrow.array(self.video.tolist(), pyarrow.string()),
+            "label": pyarrow.array(self.label, pyarrow.int8()),
+            **{name: pyarrow.array(values.tolist(), pyarrow.string()) for name, values in self.attributes.items()},
+            "score": pyarrow.array(self.score, pyarrow.float64()),
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            with aside.open("wb") as file:
+                pyarrow.parquet.write_table(pyarrow.table(columns), file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
     def vocabulary(self, attributes: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
         """The values of each attribute to be judged: those declared, or, for an empty list, all found, sorted.
 
@@ -67,59 +119,6 @@ class Predictions:
 
     def _found(self, name: str) -> tuple[str, ...]:
         return tuple(str(value) for value in np.unique(self.attributes[name]) if value != UNKNOWN)
-
-
-def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Parquet with the columns sample_id, video, label, one per attribute, score, in the order given.
-
-    Written aside, synced and renamed: a file under `path` is always whole.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {
-        "sample_id": pyarrow.array(predictions.sample_id.tolist(), pyarrow.string()),
-        "video": pyarrow.array(predictions.video.tolist(), pyarrow.string()),
-        "label": pyarrow.array(predictions.label, pyarrow.int8()),
-        **{name: pyarrow.array(values.tolist(), pyarrow.string()) for name, values in predictions.attributes.items()},
-        "score": pyarrow.array(predictions.score, pyarrow.float64()),
-    }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            pyarrow.parquet.write_table(pyarrow.table(columns), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_predictions(path: str | Path) -> Predictions:
-    """The predictions of a file of `write_predictions`; every further column is an attribute.
-
-    Raises DistFairError, naming the file, where it is missing, not Parquet, or lacks a column.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # Not through the datasets API, which would take folder names such as "seed=1" for columns.
-        table = pyarrow.parquet.ParquetFile(path).read()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DistFairError(f"{path}: no predictions can be read ({error}); run the evaluation again") from error
-    missing = [name for name in FIXED_COLUMNS if name not in table.column_names]
-    if missing:
-        raise DistFairError(f"{path}: the columns {missing} are missing; run the evaluation again")
-    columns = {name: table[name].to_numpy() for name in ("label", "score")}
-    names = [name for name in table.column_names if name not in columns]
-    text = {name: [UNKNOWN if value is None else str(value) for value in table[name].to_pylist()] for name in names}
-    try:
-        return Predictions(text.pop("sample_id"), text.pop("video"), columns["label"], columns["score"], text)
-    except DistFairError as error:
-        raise DistFairError(f"{path}: {error}") from error
 
 
 def _check(columns: Mapping[str, np.ndarray], attributes: Mapping[str, np.ndarray]) -> None:

@@ -3,41 +3,47 @@
 import time
 from functools import cache
 
+LOG_COLUMNS = 120
+
 
 @cache
 def console():
     """The console that bars and messages share, so that a message goes above a live bar and not through it."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=LOG_COLUMNS)
 
 
-def say(text: str, enabled: bool = True) -> None:
-    """One message, at once; above the bar where one is live. enabled: false on all ranks but the first."""
+def say(what, enabled: bool = True) -> None:
+    """One message or table, at once; above the bar where one is live. enabled: false on all ranks but the first."""
     if not enabled:
         return
-    if console().is_terminal:
-        console().print(text, markup=False, soft_wrap=True)
+    if isinstance(what, str) and not console().is_terminal:
+        print(what, flush=True)
     else:
-        print(text, flush=True)
+        console().print(what, markup=False, soft_wrap=isinstance(what, str))
+        console().file.flush()
 
 
 class Progress:
-    """Counts steps, with numbers, pace and time left.
+    """How far the work is, with numbers, pace and time left.
 
-    total: steps in all; label: what is done, e.g. "train"; enabled: false on all ranks but the first; every: a plain
-    line each so many steps, and at the last one (on a terminal the bar is always live); start: steps done before, by
-    the run that this one resumes.
+    total: the whole of the work, in steps or samples; label: what is done, e.g. "train"; enabled: false on all ranks
+    but the first; every: a plain line each so many calls of `step`, and at the end (on a terminal the bar is always
+    live); start: what was done before, by the run that this one resumes; unit: "samples" for a pace in samples/s.
 
-        with Progress(total=400, label="train", enabled=comm.rank == 0, every=20) as progress:
-            for ...:
-                progress.step(batch_size, loss=loss, lr=lr)
+        with Progress(total=8000, label="evaluate", enabled=comm.rank == 0, every=20, unit="samples") as progress:
+            for batch in batches:
+                progress.step(len(batch), data=name)
     """
 
-    def __init__(self, total: int, label: str, enabled: bool = True, every: int = 20, start: int = 0):
-        self.total, self.label, self.enabled, self.every = total, label, enabled, max(1, every)
+    def __init__(
+        self, total: int, label: str, enabled: bool = True, every: int = 20, start: int = 0, unit: str | None = None
+    ):
+        self.total, self.label, self.enabled, self.every, self.unit = total, label, enabled, max(1, every), unit
         self.done = self.start = start
-        self.samples = 0
+        self._calls = 0
         self._bar = None
 
     def __enter__(self) -> "Progress":
@@ -52,26 +58,29 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def step(self, samples: int, **numbers: float) -> None:
-        """One step is done, on so many samples (over all ranks); `numbers` are shown beside it."""
-        self.done += 1
-        self.samples += samples
+    def step(self, count: int = 1, **numbers: float | str) -> None:
+        """`count` more is done; `numbers` are shown beside it."""
+        self.done += count
+        self._calls += 1
         if not self.enabled:
             return
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, numbers=self._numbers(numbers))
-        elif self.done % self.every == 0 or self.done == self.total:
-            left = _clock(self._seconds() / (self.done - self.start) * (self.total - self.done))
-            parts = (f"{self.label} {self.done}/{self.total}", self._numbers(numbers), f"ETA {left}")
+        elif self._calls % self.every == 0 or self.done == self.total:
+            rest = _clock((self.total - self.done) / max(self._pace(), 1e-9))
+            parts = (f"{self.label} {self.done}/{self.total}", self._numbers(numbers), f"ETA {rest}")
             print("  ".join(part for part in parts if part), flush=True)
 
-    def _numbers(self, numbers: dict[str, float]) -> str:
-        pace = f"{self.samples / self._seconds():.0f} samples/s" if self.samples else ""
-        shown = (f"{name} {_short(value)}" for name, value in numbers.items())
-        return "  ".join(part for part in (*shown, pace) if part)
+    def say(self, text: str) -> None:
+        """A message among the progress."""
+        say(text, self.enabled)
 
-    def _seconds(self) -> float:
-        return max(time.monotonic() - self._began, 1e-9)
+    def _numbers(self, numbers: dict[str, float | str]) -> str:
+        pace = [f"{self._pace():.0f} {self.unit}/s"] if self.unit else []
+        return "  ".join([*(f"{name} {_short(value)}" for name, value in numbers.items()), *pace])
+
+    def _pace(self) -> float:
+        return (self.done - self.start) / max(time.monotonic() - self._began, 1e-9)
 
 
 def _bar(label: str, total: int, done: int):
@@ -89,8 +98,8 @@ def _bar(label: str, total: int, done: int):
     return bar, bar.add_task(label, total=total, completed=done, numbers="")
 
 
-def _short(value: float) -> str:
-    """Four significant digits; whole numbers whole."""
+def _short(value: float | str) -> str:
+    """Four significant digits; whole numbers and words as they are."""
     return str(value) if isinstance(value, int | str) else f"{value:.4g}"
 
 

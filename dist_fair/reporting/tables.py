@@ -7,7 +7,7 @@ footnotes say for which groups. CSV has the numbers in full, in the units of the
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import mean, stdev
+from dataclasses import dataclass
 
 UTILITY = {
     "AUC": ("frame", "AUC"),
@@ -23,31 +23,30 @@ TITLES = {"skew": "Skew", "n_real": "real", "n_fake": "fake"}
 Results = Mapping[str, Mapping]
 
 
-def evaluation_table(results: Results):
-    """The headline of every dataset, for `console().print`: utility, fairness per attribute set, intervals, footnotes.
+def evaluation_table(results: Results) -> "EvaluationTable":
+    """The headline of every dataset, for `say`: utility, fairness per attribute set, intervals, footnotes.
 
-    results: `evaluate()` by dataset. Reads well from 100 columns on. Under each number stands its 95 % interval.
+    results: `evaluate()` by dataset. Under each number stands its 95 % interval, on screens of 96 columns or more.
     """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+    return EvaluationTable(results)
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
-    table.add_column("dataset\nframes/videos", no_wrap=True)
-    for name in UTILITY:
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    table.add_column("groups", no_wrap=True)
-    for name in FAIRNESS:
-        table.add_column(_title(name), justify="right", no_wrap=True)
-    for dataset, report in results.items():
-        for row, (attributes, fairness) in enumerate((report["fairness"] or {"-": {}}).items()):
-            first = [_dataset_cell(dataset, report), *(_utility_cell(report, name) for name in UTILITY)]
-            cells = first if row == 0 else [""] * len(first)
-            numbers = (_fairness_cell(report, attributes, fairness, name) for name in FAIRNESS)
-            table.add_row(*map(_styled, cells), attributes.replace(" x ", "\nx "), *map(_styled, numbers))
-        table.add_section()
-    return Group(table, "", *(Text(note, style="dim") for note in footnotes(results)))
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """A table that rich draws to the width of the screen."""
+
+    results: Results
+
+    def __rich_console__(self, console, options):
+        from rich.text import Text
+
+        results = self.results
+        if options.max_width < 96:
+            results = {dataset: {**report, "intervals": None} for dataset, report in results.items()}
+        yield _headline(results)
+        yield ""
+        for note in footnotes(results):
+            yield Text(note, style="dim")
 
 
 def group_table(results: Results):
@@ -71,7 +70,7 @@ def group_table(results: Results):
 
 def evaluation_markdown(results: Results) -> str:
     """`evaluation_table` for a file: a Markdown table, a row per dataset and attribute set, then the footnotes."""
-    header = ["dataset", *UTILITY, "groups", *(_title(name) for name in FAIRNESS)]
+    header = ["dataset", *UTILITY, "groups", *(title(name) for name in FAIRNESS)]
     rows = []
     for dataset, report in results.items():
         utility = [_utility_cell(report, name).replace("\n", "<br>") for name in UTILITY]
@@ -80,67 +79,6 @@ def evaluation_markdown(results: Results) -> str:
             rows.append([dataset, *utility, attributes, *(number.replace("\n", "<br>") for number in numbers)])
     notes = "".join(f"\n{note}\n" for note in footnotes(results))
     return markdown(header, rows, left=("dataset", "groups")) + notes
-
-
-def comparison_table(
-    runs: Mapping[str, Sequence[Results]], attributes: str | None = None, datasets: Sequence[str] | None = None
-) -> str:
-    """Several methods side by side, as Markdown: mean +- standard deviation over their runs (seeds), best in bold.
-
-    runs: by method, what `evaluate()` gave by dataset, one mapping a seed; attributes: the attribute set of the
-    fairness columns, the last one (the intersection) if not given; datasets: those to show, all if not given.
-    Per cent, except Skew. The deviation is the sample's (n - 1); a number that k of n runs lack is the mean of the
-    others, marked (n-k of n).
-    """
-    datasets = datasets or [*dict.fromkeys(name for seeds in runs.values() for run in seeds for name in run)]
-    attributes = attributes or _last_attributes(runs)
-    paths = {name: ("utility", *path) for name, path in UTILITY.items()}
-    paths |= {name: ("fairness", attributes, name) for name in FAIRNESS}
-    rows = []
-    for dataset in datasets:
-        values = {
-            method: {name: [_at(run, (dataset, *path)) for run in seeds] for name, path in paths.items()}
-            for method, seeds in runs.items()
-        }
-        best = {name: _best(name, [row[name] for row in values.values()]) for name in paths}
-        for method, row in values.items():
-            cells = (_mean_cell(paths[name][-1], row[name], best[name]) for name in paths)
-            rows.append([dataset, method, str(len(runs[method])), *cells])
-    header = ["dataset", "method", "runs", *(f"{_title(name)} {'↑' if _more(name) else '↓'}" for name in paths)]
-    note = "Mean ± standard deviation over runs; per cent, except Skew (natural log). F_*, es-AUC, Skew over"
-    return f"{markdown(header, rows, left=('dataset', 'method'))}\n{note} {attributes}.\n"
-
-
-def _last_attributes(runs: Mapping[str, Sequence[Results]]) -> str:
-    sets = [[*report["fairness"]] for seeds in runs.values() for run in seeds for report in run.values()]
-    return next((names[-1] for names in sets if names), "")
-
-
-def _more(name: str) -> bool:
-    """Whether more of it is better."""
-    return "AUC" in name or name == "ACC"
-
-
-def _best(name: str, columns: Sequence[Sequence[float | None]]) -> float | None:
-    means = [mean(there) for values in columns if (there := _there(values))]
-    if len(means) < 2:
-        return None
-    return max(means) if _more(name) else min(means)
-
-
-def _mean_cell(name: str, values: Sequence[float | None], best: float | None) -> str:
-    there = _there(values)
-    if not there:
-        return "-"
-    text = shown(name, mean(there))
-    if best is not None and text == shown(name, best):
-        text = f"**{text}**"
-    spread = f" ± {shown(name, stdev(there))}" if len(there) > 1 else ""
-    return text + spread + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
-
-
-def _there(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
 
 
 def group_markdown(results: Results) -> str:
@@ -156,8 +94,8 @@ def evaluation_csv(results: Results) -> str:
     writer.writerow(("dataset", "part", "attributes", "group", "metric", "value", "low", "high"))
     for dataset, report in results.items():
         for part, attributes, group, metric, path in _numbers(report):
-            bounds = _at(report["intervals"] or {}, path) or (None, None)
-            writer.writerow((dataset, part, attributes, group, metric, _at(report, path), *bounds))
+            bounds = at(report["intervals"] or {}, path) or (None, None)
+            writer.writerow((dataset, part, attributes, group, metric, at(report, path), *bounds))
     return file.getvalue()
 
 
@@ -171,6 +109,8 @@ def footnotes(results: Results) -> list[str]:
             "below 0 and chance only adds to them, so their interval may lie above the number."
         )
     for dataset, report in results.items():
+        if report.get("unreadable"):
+            notes.append(f"{dataset}: {report['unreadable']:,} unreadable samples left out.")
         notes += [
             f"{dataset}: no {', '.join(numbers['absent'])} per {level}, for lack of a class."
             for level, numbers in report["utility"].items()
@@ -180,6 +120,27 @@ def footnotes(results: Results) -> list[str]:
             lacking = [*_lacking(fairness)]
             notes += [f"{dataset}, {attributes}: {'; '.join(lacking)}."] if lacking else []
     return notes
+
+
+def _headline(results: Results):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
+    table.add_column("dataset\nframes/videos", no_wrap=True)
+    for name in UTILITY:
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    table.add_column("groups", no_wrap=True)
+    for name in FAIRNESS:
+        table.add_column(title(name), justify="right", no_wrap=True)
+    for dataset, report in results.items():
+        for row, (attributes, fairness) in enumerate((report["fairness"] or {"-": {}}).items()):
+            first = [_dataset_cell(dataset, report), *(_utility_cell(report, name) for name in UTILITY)]
+            cells = first if row == 0 else [""] * len(first)
+            numbers = (_fairness_cell(report, attributes, fairness, name) for name in FAIRNESS)
+            table.add_row(*map(_styled, cells), attributes.replace(" x ", "\nx "), *map(_styled, numbers))
+        table.add_section()
+    return table
 
 
 def _lacking(fairness: Mapping) -> Iterator[str]:
@@ -238,7 +199,7 @@ def _per_cent(name: str, value: float) -> float:
     return value if name.startswith("F_") else 100 * value
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
     return TITLES.get(name, name)
 
 
@@ -248,11 +209,11 @@ def _dataset_cell(dataset: str, report: Mapping) -> str:
 
 def _utility_cell(report: Mapping, name: str) -> str:
     path = ("utility", *UTILITY[name])
-    return _cell(UTILITY[name][1], _at(report, path), _at(report["intervals"] or {}, path))
+    return _cell(UTILITY[name][1], at(report, path), at(report["intervals"] or {}, path))
 
 
 def _fairness_cell(report: Mapping, attributes: str, fairness: Mapping, name: str) -> str:
-    return _cell(name, fairness.get(name), _at(report["intervals"] or {}, ("fairness", attributes, name)))
+    return _cell(name, fairness.get(name), at(report["intervals"] or {}, ("fairness", attributes, name)))
 
 
 def _cell(name: str, value: float | None, bounds: Sequence[float] | None) -> str:
@@ -268,7 +229,7 @@ def _styled(cell: str):
 
 
 def _group_rows(results: Results) -> list[list[str]]:
-    rows = [["dataset", "attributes", "group", *map(_title, GROUP_COLUMNS)]]
+    rows = [["dataset", "attributes", "group", *map(title, GROUP_COLUMNS)]]
     for dataset, report in results.items():
         for attributes, fairness in report["fairness"].items():
             for group, numbers in fairness["groups"].items():
@@ -292,7 +253,7 @@ def _numbers(report: Mapping) -> Iterator[tuple]:
                 yield "group", attributes, group, metric, ("fairness", attributes, "groups", group, metric)
 
 
-def _at(report: Mapping, path: Sequence[str]):
+def at(report: Mapping, path: Sequence[str]):
     """What is at a path of keys, or None."""
     for key in path:
         report = report.get(key) if report else None

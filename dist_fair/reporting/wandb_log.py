@@ -76,6 +76,7 @@ class WandbLog:
 
 
 def _start(mode: str, run: Mapping):
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own crash reports would go out offline too
     import wandb
 
     settings = {"console": "off", "save_code": False, "silent": mode == "offline", "init_timeout": INIT_SECONDS}

@@ -56,6 +56,20 @@ def test_eer_is_the_rate_where_misses_and_false_alarms_meet():
     assert report["fairness"] == {}
 
 
+def test_eer_where_misses_and_false_alarms_meet_inside_a_straight_piece_of_the_roc_curve():
+    """FPR runs from 0 to 1 at TPR 1/2: scikit-learn's default leaves out the point (1/2, 1/2) and would give 0."""
+    rows = [(1, 0.9, "A"), (1, 0.8, "A"), (0, 0.7, "A"), (0, 0.6, "A"), (0, 0.5, "A"), (0, 0.4, "A"), (1, 0.3, "A"), (1, 0.2, "A")]  # fmt: skip
+    assert evaluate(hand_made(rows), {}, bootstrap=0, seed=0)["utility"]["frame"]["EER"] == 0.5
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_order_of_the_frames_cannot_move_the_mean_of_a_video(order):
+    """(0.1 + 0.2 + 0.3) / 3 is above 0.2 and (0.3 + 0.2 + 0.1) / 3 below it, in floating point."""
+    scores = np.array([0.1, 0.2, 0.3])[order]
+    predictions = Predictions(["a", "b", "c"], ["v"] * 3, [1, 1, 1], scores, {})
+    assert evaluate(predictions, {}, bootstrap=0, seed=0, threshold=0.2)["utility"]["video"]["TPR"] == 1.0
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_group_rates_and_ranges_are_those_of_fairlearn(name):
     predictions = make()

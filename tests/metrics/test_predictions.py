@@ -5,7 +5,7 @@ import pytest
 
 from dist_fair.demographics import Groups
 from dist_fair.errors import DistFairError
-from dist_fair.metrics import Predictions, read_predictions, write_predictions
+from dist_fair.metrics import Predictions
 from tests.metrics.predicted import make
 
 
@@ -22,8 +22,8 @@ def small(**changes):
 
 def test_a_file_read_back_is_what_was_written(tmp_path):
     written = make()
-    write_predictions(tmp_path / "new" / "demo.parquet", written)
-    read = read_predictions(tmp_path / "new" / "demo.parquet")
+    written.write(tmp_path / "new" / "demo.parquet")
+    read = Predictions.read(tmp_path / "new" / "demo.parquet")
     for name in ("sample_id", "video", "label", "score"):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     assert list(read.attributes) == ["gender", "race"]
@@ -36,7 +36,7 @@ def test_a_file_read_back_is_what_was_written(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "demo.parquet"
-    write_predictions(path, small())
+    small().write(path)
     before = path.read_bytes()
 
     def half(table, file):
@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", half)
     with pytest.raises(OSError, match="no space"):
-        write_predictions(path, make())
+        make().write(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -59,7 +59,7 @@ def test_nulls_of_other_writers_are_unknown(tmp_path):
         "score": [0.0, 1.0],
     }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
-    assert read_predictions(tmp_path / "x.parquet").attributes["race"].tolist() == ["Asian", "unknown"]
+    assert Predictions.read(tmp_path / "x.parquet").attributes["race"].tolist() == ["Asian", "unknown"]
 
 
 def test_a_file_that_is_no_predictions_is_named(tmp_path):
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_predictions_is_named(tmp_path):
         ("none", "can be read"),
     ):
         with pytest.raises(DistFairError, match=f"{name}.parquet.*{complaint}"):
-            read_predictions(tmp_path / f"{name}.parquet")
+            Predictions.read(tmp_path / f"{name}.parquet")
 
 
 @pytest.mark.parametrize(
