@@ -1,5 +1,6 @@
 """The YAML files that people write: recipes, cards of data sets (shards/), cards of detectors (recipes/detector/)."""
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,11 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in shipped(GROUPS[group]).glob("*.yaml"))
 
 
-def shipped_cards() -> list[Card]:
+@functools.cache
+def shipped_cards() -> tuple[Card, ...]:
     """All shipped files of all groups."""
-    return [read_card(group, shipped(folder) / f"{name}.yaml", f"{folder}/{name}.yaml", name)
-            for group, folder in GROUPS.items() for name in names(group)]  # fmt: skip
+    return tuple(read_card(group, shipped(folder) / f"{name}.yaml", f"{folder}/{name}.yaml", name)
+            for group, folder in GROUPS.items() for name in names(group))  # fmt: skip
 
 
 def own_card(group: str, choice: str) -> Card | None:
@@ -86,7 +88,7 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
         raise DistFairError(f"{source} cannot be read: {error.strerror or error}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise DistFairError(f"{source} is not plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise DistFairError(f"{source}: a mapping of settings is expected, such as `seed: 1`")
     refuse_targets(content, source)
     return content

@@ -7,7 +7,6 @@ A recipe may build on others by Hydra's defaults list: `defaults: [sfd_gda, {ove
 file, `interventions: {NAME: null}` leaves out one that it would inherit.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,13 @@ def load(arguments: Sequence[str], interventions: Mapping[str, type]) -> Resolve
     schema = Schema(interventions)
     library, chosen = _library(choices)
     composed, origins = _compose(library, chosen)
-    for card in library:
-        if card.source in origins.values():
-            schema.check(card.content, card.source)
-    config = schema.typed(composed)
+    try:
+        config = schema.typed(composed)
+    except (OmegaConfBaseException, DistFairError) as error:
+        for card in library:
+            if card.source in origins.values():
+                schema.check(card.content, card.source)
+        raise DistFairError(f"{' '.join(chosen)}: the files do not fit together: {error}") from None
     for override in overrides:
         origins.update(schema.apply(override, config))
     _replace_length(config, origins)
@@ -75,6 +77,8 @@ def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[Override]]:
         except HydraException as error:
             reason = str(error).partition("\n")[0]
             raise DistFairError(f"{argument}: key=value, +key=value or ~key is expected ({reason})") from None
+        if not override.key_or_group:
+            raise DistFairError(f"{argument}: key=value, +key=value or ~key is expected")
         if override.is_sweep_override():
             raise DistFairError(f"{argument}: one value a run; a list is written [a,b], a text with commas 'a,b'")
         if override.package is not None:
@@ -94,7 +98,7 @@ def _library(choices: Mapping[str, str]) -> tuple[list[Card], list[str]]:
     if "recipe" not in choices:
         known = ", ".join(cards.names("recipe"))
         raise DistFairError(f"recipe=NAME is missing; known: {known}; your own: recipe=path/to/file.yaml")
-    library, chosen = cards.shipped_cards(), []
+    library, chosen = [*cards.shipped_cards()], []
     for group, choice in choices.items():
         own = cards.own_card(group, choice)
         library += [own] if own else []
@@ -102,41 +106,40 @@ def _library(choices: Mapping[str, str]) -> tuple[list[Card], list[str]]:
     return library, chosen
 
 
-def _compose(library: Sequence[Card], chosen: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _compose(library: Iterable[Card], chosen: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Hydra's merge of the chosen files and those they build on, and dotted key -> the file that set it.
 
+    In place of every value Hydra merges its number in a list of (value, file): the one that wins tells both.
     Leaves Hydra's global state as it was.
     """
+    entries: list[tuple[Any, str]] = []
+
+    def number(value: Any, source: str) -> Any:
+        if isinstance(value, dict):
+            return {name: number(item, source) for name, item in value.items()}
+        entries.append((value, source))
+        return len(entries) - 1
+
+    def value_of(merged: Any) -> Any:
+        return {key: value_of(item) for key, item in merged.items()} if isinstance(merged, dict) else entries[merged][0]
+
+    nodes = [number(card.content, card.source) for card in library]
     before = Singleton.get_state()
     try:
-        values = _merge(library, chosen)
-        origins = flatten(_merge([_origins(card) for card in library], chosen))
+        GlobalHydra.instance().clear()
+        store = ConfigStore.instance()
+        store.store("dist_fair", {"defaults": [{"data": "demo"}, {"detector": "small"}, {"recipe": "???"}]})
+        for card, node in zip(library, nodes, strict=True):
+            defaults = {"defaults": [*card.defaults, "_self_"]} if card.defaults else {}
+            store.store(card.name, node | defaults, group=card.group, package="_global_")
+        with initialize(version_base="1.3", config_path=None):
+            merged = OmegaConf.to_container(compose("dist_fair", chosen))
     except (HydraException, OmegaConfBaseException) as error:
         raise DistFairError(f"{' '.join(chosen)}: the files do not compose: {' '.join(str(error).split())}") from None
     finally:
         Singleton.set_state(before)
-    return values, origins | {"recipe": "command line"}
-
-
-def _merge(library: Iterable[Card], chosen: list[str]) -> dict[str, Any]:
-    """Composes the chosen files as Hydra does, interpolations left as they are."""
-    GlobalHydra.instance().clear()
-    store = ConfigStore.instance()
-    store.store("dist_fair", {"defaults": [{"data": "demo"}, {"detector": "small"}, {"recipe": "???"}]})
-    for card in library:
-        node = card.content | ({"defaults": [*card.defaults, "_self_"]} if card.defaults else {})
-        store.store(card.name, node, group=card.group, package="_global_")
-    with initialize(version_base="1.3", config_path=None):
-        return OmegaConf.to_container(compose("dist_fair", chosen), resolve=False)
-
-
-def _origins(card: Card) -> Card:
-    """The same file with its source in place of every value: composed like the values, these are the provenance."""
-
-    def label(value: Any) -> Any:
-        return {name: label(item) for name, item in value.items()} if isinstance(value, dict) else card.source
-
-    return dataclasses.replace(card, content=label(card.content))
+    origins = {key: entries[item][1] for key, item in flatten(merged).items() if isinstance(item, int)}
+    return value_of(merged), origins | {"recipe": "command line"}
 
 
 def _replace_length(config: DictConfig, origins: dict[str, str]) -> None:

@@ -49,10 +49,10 @@ class Schema:
         """Raises DistFairError for an unknown key or a value of the wrong type in `content`, found in `source`."""
         try:
             self.typed(content)
-        except (OmegaConfBaseException, DistFairError):
+        except (OmegaConfBaseException, DistFairError) as error:
             for key, value in flatten(content).items():
                 self._check_one(key, value, source)
-            raise
+            raise DistFairError(f"{source}: {error}") from None
 
     def _check_one(self, key: str, value: Any, source: str) -> None:
         try:

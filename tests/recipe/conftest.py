@@ -25,6 +25,7 @@ class ChannelDecoupling:
     attributes: list[str] = field(default_factory=lambda: ["gender", "race"])
     at: list[float] = field(default_factory=lambda: [0.5])
     part: float = 0.05
+    batches: int = 1
 
 
 @dataclass

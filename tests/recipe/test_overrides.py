@@ -73,7 +73,10 @@ def test_remove_then_add_and_change_in_order(resolve):
     recipe = resolve("recipe=sfd_gda", "~interventions.cross_entropy", "+interventions.cross_entropy={}",
                      "interventions.cross_entropy.weight=2", "interventions.cross_entropy.weight=3").recipe  # fmt: skip
     assert [*recipe.interventions][-1] == "cross_entropy"
-    assert (recipe.interventions["cross_entropy"].weight, recipe.interventions["cross_entropy"].reduction) == (3, "mean")
+    assert (recipe.interventions["cross_entropy"].weight, recipe.interventions["cross_entropy"].reduction) == (
+        3,
+        "mean",
+    )
 
 
 def test_settings_are_typed_objects(resolve):

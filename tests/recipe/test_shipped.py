@@ -1,4 +1,4 @@
-"""Every shipped recipe and card resolves with the interventions as they are; the surface people type against is frozen."""
+"""Every shipped recipe and card resolves with the real interventions; the keys that people type are frozen."""
 
 import pytest
 import yaml
@@ -24,7 +24,7 @@ resume
 evaluation.at_end evaluation.batch_size evaluation.bootstrap
 wandb.mode wandb.project wandb.name wandb.tags
 log.every
-""".split()
+""".split()  # noqa: SIM905
 
 
 def files() -> list[tuple[str, str]]:
