@@ -58,7 +58,8 @@ def test_eer_is_the_rate_where_misses_and_false_alarms_meet():
 
 def test_eer_where_misses_and_false_alarms_meet_inside_a_straight_piece_of_the_roc_curve():
     """FPR runs from 0 to 1 at TPR 1/2: scikit-learn's default leaves out the point (1/2, 1/2) and would give 0."""
-    rows = [(1, 0.9, "A"), (1, 0.8, "A"), (0, 0.7, "A"), (0, 0.6, "A"), (0, 0.5, "A"), (0, 0.4, "A"), (1, 0.3, "A"), (1, 0.2, "A")]  # fmt: skip
+    pairs = zip((1, 1, 0, 0, 0, 0, 1, 1), (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2), strict=True)
+    rows = [(label, score, "A") for label, score in pairs]
     assert evaluate(hand_made(rows), {}, bootstrap=0, seed=0)["utility"]["frame"]["EER"] == 0.5
 
 
