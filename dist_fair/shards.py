@@ -102,7 +102,7 @@ def _build(options: argparse.Namespace) -> int:
     from dist_fair.data.build import build
     from dist_fair.data.tables import TableOptions
 
-    with _progress("shards") as progress:
+    with _progress("building, then indexing") as progress:
         indexes = build(
             options.tables,
             options.images,

@@ -66,9 +66,7 @@ def save_image(index: Index, key: str, file: Path) -> str:
 
 
 def _summary(index: Index) -> Table:
-    table = Table(
-        title=f"{', '.join(index.names)} ({', '.join(index.folders)})", show_header=False, title_justify="left"
-    )
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     fakes = int(index.labels.sum())

@@ -11,6 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dist_fair.data.index import Index
+from dist_fair.data.storage import LocalStorage
+
 
 def image(number: int = 0, extension: str = "jpg", height: int = 12, width: int = 10) -> bytes:
     """An encoded image that differs for every number."""
@@ -63,3 +66,10 @@ def digests(folder: Path) -> dict[str, str]:
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*.tar"))
     }
+
+
+def stored(index: Index, sample: int) -> bytes:
+    """The bytes of an image where the index says they lie."""
+    storage = LocalStorage(index.folders[0])
+    path = index.shards[index.shard[sample]].path
+    return storage.read(path, int(index.image_offset[sample]), int(index.image_size[sample]))

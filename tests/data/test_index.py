@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 import zlib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_fair.data.index import INDEX_NAME, Column, Index, read_index, write_index
-from dist_fair.data.indexing import image_size, index_folder
+from dist_fair.data.indexing import index_folder
 from dist_fair.data.values import Fields
 from dist_fair.data.writing import Sample, write_shards
 from dist_fair.errors import DistFairError
@@ -219,28 +218,6 @@ def test_another_format_version_is_an_error(folder: Path) -> None:
         DistFairError, match=r"has format 0, this version reads 1; make it again: dist-fair shards index"
     ):
         read_index(folder)
-
-
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-def test_image_sizes_come_from_the_header(extension: str) -> None:
-    data = image(0, extension, height=7, width=11)
-    assert image_size(data) == (11, 7)
-    assert image_size(data[:20]) == (0, 0)
-    assert image_size(b"") == image_size(b"GIF89a" + bytes(50)) == (0, 0)
-
-
-def test_the_size_of_a_huge_image_is_known_without_decoding_it() -> None:
-    data = bytearray(image(0, "png"))
-    data[16:24] = (60_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert image_size(bytes(data)) == (60_000, 60_000)
-
-
-def test_an_unreadable_image_has_no_size(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("a.jpg", b"no image"), ("a.cls", b"1")])
-    assert index_folder(tmp_path).width.tolist() == [0]
 
 
 def test_with_values_orders_the_declared_and_forgets_the_rest(folder: Path) -> None:

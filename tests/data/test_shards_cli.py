@@ -26,7 +26,7 @@ def built(tmp_path: Path) -> Path:
 def test_build_reports_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     built = build(tmp_path)
     output = capsys.readouterr().out
-    assert "shards: 3 of 3" in output
+    assert "building, then indexing: 3 of 3" in output
     assert f"out: 12 samples (6 real, 6 fake) in 3 shards of {built}; attributes: gender, note, race" in output
 
 
