@@ -179,20 +179,20 @@ def _fault(data: bytes) -> str | None:
     Damage inside a JPEG that leaves both ends whole is not seen: libjpeg repairs it with no more than a warning.
     """
     if data.startswith(JPEG):
-        return None if data.endswith(JPEG_END) else _pillow_fault(data)  # some cameras write bytes after the end
+        return None if data.endswith(JPEG_END) else _jpeg_fault(data)  # some cameras write bytes after the end
     if data.startswith(PNG):
-        return None if data.endswith(PNG_END) else _pillow_fault(data)
+        return None if PNG_END in data else "the image is truncated (no IEND)"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         whole = int.from_bytes(data[4:8], "little") + 8
         return None if whole <= len(data) else f"the image is truncated ({len(data)} of {whole} bytes)"
     return "not a jpg, png or webp image"
 
 
-def _pillow_fault(data: bytes) -> str | None:
+def _jpeg_fault(data: bytes) -> str | None:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"the image is damaged ({error})"

@@ -94,6 +94,16 @@ def test_workers_leave_the_global_random_numbers_alone(index):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_sample_looks_different_in_every_epoch(index):
+    plan = TrainingPlan(index, TAPES, 16, lanes=8, window=4, seed=2)
+    seen = [
+        (sample, epoch, image.numpy().tobytes())
+        for batch in loader(index, 0, 1)
+        for sample, epoch, image in zip(*vars(plan[batch.position]).values(), batch.images, strict=True)
+    ]
+    assert len({image for *_, image in seen}) == len({(sample, epoch) for sample, epoch, _ in seen}) == 8 * 16
+
+
 def test_a_batch_says_what_the_index_says(index):
     for batch in loader(index, 0, 1, stop=4):
         rows = batch.samples.numpy()
