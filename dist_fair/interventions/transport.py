@@ -37,7 +37,8 @@ def entropic_transport(points: torch.Tensor, q: torch.Tensor, r: torch.Tensor, e
 
     points: (n,) in [0, 1], ascending. q, r: (b, n), rows sum to one; zeros are allowed where only the gradient of
     `points` is asked for. One more Newton step follows the first marginal error (L1) below 1e-3 in fp32, 1e-8 in
-    fp64: values to 1e-5 and 1e-10, relative. Inputs that are not finite give NaN. Same inputs, same bits: every rank may solve on its own.
+    fp64: values to 1e-5 and 1e-10, relative. Inputs that are not finite give NaN.
+    Same inputs, same bits: every rank may solve on its own.
     """
     return _EntropicTransport.apply(points, q, r, epsilon)
 
