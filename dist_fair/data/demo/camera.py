@@ -34,8 +34,8 @@ CAMERAS = {
     "webcam": Camera(softness=(0.5, 0.8), noise=(5.0, 9.0), saturation=(0.75, 1.0), quality=(70, 88)),
     "denoiser": Camera(softness=(0.5, 0.8), noise=(2.0, 4.0), denoise=(0.5, 0.9), quality=(75, 90)),
     # Only in shifted sets:
-    "broadcast": Camera(softness=(0.4, 0.6), noise=(2.0, 5.0), resolution=(0.6, 0.85), quality=(35, 60)),
-    "messenger": Camera(softness=(0.3, 0.6), noise=(3.0, 7.0), resolution=(0.55, 0.8), quality=(25, 50)),
+    "broadcast": Camera(softness=(0.4, 0.6), noise=(2.0, 5.0), resolution=(0.5, 0.75), quality=(30, 55)),
+    "messenger": Camera(softness=(0.3, 0.6), noise=(3.0, 7.0), resolution=(0.45, 0.65), quality=(20, 45)),
     "night": Camera(softness=(0.4, 0.7), noise=(8.0, 13.0), saturation=(0.6, 0.9), quality=(65, 88)),
     "cinema": Camera(
         softness=(0.2, 0.4), noise=(1.0, 2.5), sharpen=(0.4, 0.9), saturation=(1.1, 1.4), quality=(88, 97)
@@ -56,15 +56,15 @@ class Setting:
     quality: int
 
 
-def setting(camera: Camera, random: np.random.Generator) -> Setting:
-    """Draws a camera's ranges."""
+def setting(camera: Camera, random: np.random.Generator, upload: np.random.Generator) -> Setting:
+    """Draws a camera's ranges; the JPEG quality is drawn from `upload`, a stream of its own."""
     low, high = camera.quality
     drawn = [random.uniform(*part) for part in (camera.softness, camera.noise, camera.denoise, camera.sharpen)]
     return Setting(
         *drawn,
         random.uniform(*camera.resolution),
         random.uniform(*camera.saturation),
-        int(random.integers(low, high + 1)),
+        int(upload.integers(low, high + 1)),
     )
 
 

@@ -74,7 +74,7 @@ def paint_eyes(image: np.ndarray, person: Person, both: Eyes, light: np.ndarray)
     light = np.sqrt(np.clip(light, 0, 1.2)).astype(np.float32)
     openings = [np.concatenate([eye.upper, eye.lower[::-1]]) for eye in both.both]
     opening = shape(*openings, blur=0.005)
-    shade = shape(*[o + (0, 0.032) for o in openings], blur=0.022) * opening
+    shade = shape(*[np.add(o, (0, 0.032)) for o in openings], blur=0.022) * opening
     corners = shape(*[canvas.ellipse(e.centre[0], e.centre[1], 0.10, 0.09) for e in both.both], blur=0.02)
     white = np.array([0.86, 0.82, 0.79], np.float32) * light
     canvas.paint(image, opening, canvas.planes(white) * (0.55 + 0.42 * shade * (0.72 + 0.28 * corners)))
@@ -96,7 +96,7 @@ def paint_eyes(image: np.ndarray, person: Person, both: Eyes, light: np.ndarray)
     )
     canvas.paint(image, np.clip(lash, 0, 0.9), dark)
     canvas.paint(image, strokes([e.lower for e in both.both], 0.012, 0.007) * 0.45, dark)
-    folds = [e.upper + (0, -0.024 - 0.012 * person.crease) for e in both.both]
+    folds = [np.add(e.upper, (0, -0.024 - 0.012 * person.crease)) for e in both.both]
     canvas.paint(image, strokes(folds, 0.014, 0.007) * 0.55 * person.crease, person.skin * (0.55, 0.42, 0.38) * light)
 
 
@@ -145,7 +145,8 @@ def mouth(person: Person, expression: "Expression") -> Mouth:
     gap = np.concatenate([np.stack([wide, gap_top], 1), np.stack([wide, gap_bottom], 1)[::-1]])
     middle = len(x) // 2
     bumps = [
-        (0, gap_top[middle] - up * 0.5, half * 0.5, up * 0.45, 0.022), (0, gap_bottom[middle] + low * 0.5, half * 0.48, low * 0.42, 0.030),
+        (0, gap_top[middle] - up * 0.5, half * 0.5, up * 0.45, 0.022),
+        (0, gap_bottom[middle] + low * 0.5, half * 0.48, low * 0.42, 0.030),
         (0, y + 0.1 * opened, half * 0.8, 0.016, -0.02), (0, person.nose_length + 0.10, 0.022, 0.04, -0.012),
     ]  # fmt: skip
     bumps += [(s * (half + 0.03), y + lift * 0.6, 0.03, 0.04, -0.018 - 0.02 * max(smile, 0)) for s in (-1, 1)]
@@ -177,7 +178,8 @@ def paint_beard(image: np.ndarray, person: Person, lips: Mouth) -> None:
     random = keyed.generator(*person.key, "beard")
     width = person.width
     jaw = [
-        (-width, 0.08), (-width * 0.86, 0.36), (-0.32, 0.52), (-0.2, 0.47), (0, 0.45), (0.2, 0.47), (0.32, 0.52), (width * 0.86, 0.36),
+        (-width, 0.08), (-width * 0.86, 0.36), (-0.32, 0.52), (-0.2, 0.47), (0, 0.45), (0.2, 0.47),
+        (0.32, 0.52), (width * 0.86, 0.36),
         (width, 0.08), (width * 1.05, 0.7), (0.3, 1.1), (-0.3, 1.1), (-width * 1.05, 0.7),
     ]  # fmt: skip
     area = canvas.shape(canvas.smooth(jaw), blur=0.035)
@@ -206,10 +208,10 @@ def paint_glasses(image: np.ndarray, person: Person) -> None:
         1,
     )
     d, y = person.eye_distance + 0.01, EYE_LEVEL + 0.025
-    lines = [rim + (d, y), rim + (-d, y), np.array([(a - d, y - 0.03), (0, y - 0.05), (d - a, y - 0.03)])]
+    lines = [np.add(rim, (d, y)), np.add(rim, (-d, y)), np.array([(a - d, y - 0.03), (0, y - 0.05), (d - a, y - 0.03)])]
     lines += [np.array([(s * (d + a), y - 0.04), (s * (person.width + 0.02), y - 0.02)]) for s in (-1, 1)]
     tone = np.array([(0.08, 0.08, 0.09), (0.30, 0.17, 0.10), (0.45, 0.44, 0.45)])[int(random.integers(3))]
-    image *= 1 - 0.10 * canvas.strokes([line + (0, 0.03) for line in lines], 0.03, 0.02)
+    image *= 1 - 0.10 * canvas.strokes([np.add(line, (0, 0.03)) for line in lines], 0.03, 0.02)
     canvas.paint(image, canvas.strokes(lines, random.choice([0.018, 0.03]), 0.004) * 0.92, tone)
 
 

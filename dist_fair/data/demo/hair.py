@@ -51,7 +51,8 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
         "round": 0.16 + person.volume,
     }.get(person.haircut, 0.03 + person.volume)
     side = {"crop": 0.05, "short": 0.10, "bald": 0.12}.get(person.haircut, 0.16)
-    crown = outline[outline[:, 1] < 0.0]
+    above = outline[outline[:, 1] < 0.0]  # from the top down on the right, then up on the left
+    crown = np.concatenate([above[len(above) // 2 :], above[: len(above) // 2]])
     scale = (width + volume * (0.55 if person.haircut == "short" else 1.0)) / width
     crown = crown * [scale, (0.95 + volume) / 0.95]
     bottom = {"crop": 0.02, "bald": 0.10, "short": 0.06, "tied": 0.1}.get(person.haircut, 0.25)
@@ -63,9 +64,10 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
     dip = 0.10 + 0.10 * (person.gender == "male") * person.age
     inside = width - side * 0.35
     edge = [
-        (-inside, 0.30), (-inside, -0.05), (-inside * 0.97, top + 0.24), (-width * 0.74, top + 0.06 - dip * 0.3 + fringe),
-        (person.part * 0.5 - 0.2, top + fringe), (person.part * 0.5 + 0.15, top - 0.01 + fringe * 1.1),
-        (width * 0.74, top + 0.06 - dip * 0.3 + fringe), (inside * 0.97, top + 0.24), (inside, -0.05), (inside, 0.30),
+        (-inside, 0.30), (-inside, -0.05), (-inside * 0.97, top + 0.26),
+        (-width * 0.74, top + 0.11 - dip * 0.5 + fringe),
+        (person.part - 0.17, top - 0.03 + fringe), (person.part + 0.13, top - 0.05 + fringe * 1.2),
+        (width * 0.74, top + 0.11 - dip * 0.5 + fringe), (inside * 0.97, top + 0.26), (inside, -0.05), (inside, 0.30),
     ]  # fmt: skip
     opening = canvas.shape(canvas.smooth(edge), np.array([(-inside, 0.2), (inside, 0.2), (width, 1.4), (-width, 1.4)]))
     if person.haircut == "bald":
@@ -81,8 +83,10 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
     length = 0.75 + 0.25 * random.random() if person.haircut == "bob" else 1.5
     spread = width + volume + 0.06 + 0.1 * person.curl
     falls = [
-        (0, -0.98 - volume), (0.45, -0.86 - volume * 0.8), (spread * 0.97, -0.3), (spread, 0.3), (spread * 1.02, length),
-        (0.2, length), (-0.2, length), (-spread * 1.02, length), (-spread, 0.3), (-spread * 0.97, -0.3), (-0.45, -0.86 - volume * 0.8),
+        (0, -0.98 - volume), (0.45, -0.86 - volume * 0.8), (spread * 0.97, -0.3), (spread, 0.3),
+        (spread * 1.02, length),
+        (0.2, length), (-0.2, length), (-spread * 1.02, length), (-spread, 0.3), (-spread * 0.97, -0.3),
+        (-0.45, -0.86 - volume * 0.8),
     ]  # fmt: skip
     back = np.maximum(canvas.shape(canvas.smooth(falls)), cap)
     locks = width - 0.02 + 0.09 * random.random(2)

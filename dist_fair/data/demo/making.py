@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
+import cv2
+
 from dist_fair import keyed
 from dist_fair.data.demo import sets
 from dist_fair.data.demo.camera import CAMERAS, encode, expose, optics, setting
@@ -29,20 +31,23 @@ ABOUT = "demo.json"
 def make(root: Path, seed: int = 0, scale: float = 1.0, workers: int = 2, progress: bool = True) -> None:
     """Draws the demo sets into ROOT/SET/00000.tar, ... and indexes them; what is already there is kept.
 
-    The bytes depend on seed and scale alone. `scale` multiplies the number of videos. Can be stopped and called again.
+    With the same NumPy and OpenCV the bytes depend on seed and scale alone. `scale` multiplies the number of videos. Can be stopped and called again.
     Raises DistFairError if ROOT holds demo sets of other parameters, or something else under their names.
     """
     root = Path(root)
+    if not 0 < scale < float("inf"):
+        raise DistFairError(f"scale={scale}: a number above 0, 1 for the usual size")
     _claim(root, {"generator": VERSION, "seed": seed, "scale": scale})
     waiting = [name for name in SETS if not (root / name / INDEX_NAME).exists()]
     jobs = []
     for name in waiting:
         (root / name).mkdir(exist_ok=True)
-        count = len(sets.videos(SETS[name], seed, scale))
-        paths = [(name, number) for number in range(-(-count // VIDEOS_PER_SHARD))]
-        jobs += [job for job in paths if not (root / name / SHARD_NAME.format(job[1])).exists()]
-    shown = _shown if progress else no_progress
-    run_jobs(partial(_write, root, seed, scale), jobs, workers, shown)
+        videos = sets.videos(SETS[name], seed, scale)
+        for number, first in enumerate(range(0, len(videos), VIDEOS_PER_SHARD)):
+            path = root / name / SHARD_NAME.format(number)
+            if not path.exists():
+                jobs.append((path, videos[first : first + VIDEOS_PER_SHARD]))
+    run_jobs(partial(_write, seed), jobs, workers, _shown if progress else no_progress)
     for name in waiting:
         write_index(index_folder(root / name))
 
@@ -54,15 +59,20 @@ def _shown(done: int, total: int) -> None:
 
 def frames(video: Video, seed: int) -> Iterator[tuple[Picture, bytes]]:
     """The frames of a video: how each was drawn, and its JPEG bytes."""
-    key = (seed, "demo", video.demo_set, video.number)
-    random = keyed.generator(*key, "camera")
-    use, strength, scene = setting(CAMERAS[video.camera], random), float(random.random()), film(*key)
+    # Scene and camera belong to the real video, compression and forgery to this one.
+    key, own = (
+        (seed, "demo", video.demo_set, *video.group, video.identity),
+        (seed, "demo", video.demo_set, video.number),
+    )
+    random, scene = keyed.generator(*own, "video"), film(*key)
+    use = setting(CAMERAS[video.camera], keyed.generator(*key, "setting"), random)
+    strength = float(random.random())
     shot = Shot(_portrait(seed, video.demo_set, video.group, video.identity), scene)
     donor = None
     if video.manipulation in WITH_DONOR:
         donor = Shot(_portrait(seed, video.demo_set, video.group, video.donor), scene)
     for frame in range(FRAMES):
-        random = keyed.generator(*key, frame, "photo")
+        random = keyed.generator(*own, frame, "photo")
         now = moment(scene, frame)
         picture = shot.picture(now)
         photo = expose(picture.image, use, random)
@@ -86,14 +96,14 @@ def samples(video: Video, seed: int) -> Iterator[Sample]:
         yield Sample(f"{video.name}_{video.manipulation or 'real'}_{frame}", data, "jpg", metadata)
 
 
-def _write(root: Path, seed: int, scale: float, job: tuple[str, int]) -> None:
-    import cv2
-
+def _write(seed: int, job: tuple[Path, list[Video]]) -> None:
+    path, videos = job
+    threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the processes share the cores already
-    name, number = job
-    part = sets.videos(SETS[name], seed, scale)[number * VIDEOS_PER_SHARD : (number + 1) * VIDEOS_PER_SHARD]
-    every = (sample for video in part for sample in samples(video, seed))
-    write_shard(root / name / SHARD_NAME.format(number), every)
+    try:
+        write_shard(path, (sample for video in videos for sample in samples(video, seed)))
+    finally:
+        cv2.setNumThreads(threads)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Forgeries: local changes inside a real photograph's face, each leaving a weak trace. Outside the face nothing changes.
+"""Forgeries: local changes inside a real photograph's face, each leaving a weak trace; nothing changes outside it.
 
 All take and return a photograph (SIZE, SIZE, 3) RGB in 0..1. The constants say how strong the traces are; they were
 set so that plain training (cross-entropy, a small residual network, 64 pixels) is neither perfect nor lost.
@@ -13,19 +13,19 @@ import numpy as np
 from dist_fair.data.demo.scene import SIZE, Picture
 
 # Pixels lost to generation: swapped and spliced parts are made at this share of the resolution.
-SWAP_RESOLUTION = (0.55, 0.8)
-SPLICE_RESOLUTION = (0.6, 0.9)
+SWAP_RESOLUTION = (0.38, 0.60)
+SPLICE_RESOLUTION = (0.35, 0.55)
 # Share of the colour difference between the two people that remains after colour transfer.
-COLOUR_RESIDUE = 0.25
+COLOUR_RESIDUE = 0.5
 # Strongest displacement of mouth corners and brows, pixels, and the softness of re-rendering.
-WARP = (2.0, 4.0)
-WARP_SOFTNESS = 0.6
+WARP = (2.5, 5.0)
+WARP_SOFTNESS = 1.1
 # Share of the resolution that texture re-synthesis keeps.
-RESAMPLE = (0.42, 0.6)
-# Unseen families: share of the smoothing filter, height of the lattice in 0..1, gain of sharpening.
-RETOUCH = (0.7, 1.0)
+RESAMPLE = (0.30, 0.45)
+# Unseen families: share of the smoothing filter; height of the lattice in 0..1; share of the donor in a morph.
+RETOUCH = (0.8, 1.0)
 LATTICE = (0.015, 0.03)
-SHARPEN = (0.8, 1.6)
+MORPH = (0.4, 0.6)
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,14 @@ def lattice(forgery: Forgery) -> np.ndarray:
     """The faint lattice that strided upsampling leaves, on a slightly coarser face."""
     wave = np.cos(np.arange(SIZE, dtype=np.float32) * (np.pi / 2))
     pattern = (wave[:, None] + wave[None]) * forgery.between(LATTICE[::-1])
-    return _blend(forgery.photo, _coarse(forgery.photo, 0.75) + pattern[..., None], forgery.target.face)
+    return _blend(forgery.photo, _coarse(forgery.photo, 0.6) + pattern[..., None], forgery.target.face)
 
 
-def sharpen(forgery: Forgery) -> np.ndarray:
-    """The face sharpened, as enhancement networks do after a swap."""
-    photo = forgery.photo
-    sharp = photo + forgery.between(SHARPEN[::-1]) * (
-        cv2.GaussianBlur(photo, (0, 0), 0.7) - cv2.GaussianBlur(photo, (0, 0), 2.0)
-    )
-    return _blend(photo, sharp, forgery.target.face)
+def morph(forgery: Forgery) -> np.ndarray:
+    """Two people laid over each other: doubled edges, half the grain."""
+    mask = forgery.target.face
+    donor = _match(_coarse(forgery.donor.image, 0.7), forgery.photo, mask)
+    return _blend(forgery.photo, donor, mask * forgery.between(MORPH[::-1]))
 
 
 FAMILIES: dict[str, Callable[[Forgery], np.ndarray]] = {
@@ -117,11 +115,11 @@ FAMILIES: dict[str, Callable[[Forgery], np.ndarray]] = {
     "MouthSplice": mouth_splice,
     "Retouch": retouch,
     "Lattice": lattice,
-    "Sharpen": sharpen,
+    "Morph": morph,
 }
-WITH_DONOR = ("FaceSwap", "EyeSplice", "MouthSplice")
+WITH_DONOR = ("FaceSwap", "EyeSplice", "MouthSplice", "Morph")
 SEEN = ("FaceSwap", "Expression", "Resample", "EyeSplice", "MouthSplice")
-UNSEEN = ("Retouch", "Lattice", "Sharpen")
+UNSEEN = ("Retouch", "Lattice", "Morph")
 
 
 def _splice(forgery: Forgery, mask: np.ndarray) -> np.ndarray:

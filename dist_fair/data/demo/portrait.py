@@ -1,4 +1,4 @@
-"""Heads: a relief of the face, skin, eyes, brows, mouth and hair, lit from one side. Drawn from the front; see scene.py.
+"""Heads: a relief of the face, skin, eyes, brows, mouth and hair, lit from one side; seen from the front.
 
 A Portrait keeps what lasts (relief, skin, hair) and draws one expression under one light at a time.
 """
@@ -16,7 +16,7 @@ from dist_fair.data.demo.person import Person
 
 @dataclass(frozen=True)
 class Expression:
-    """What a face does in one frame; 0 is rest. mouth_open, smile, lids: about -1..1; gaze: share of the eye's width."""
+    """What a face does in one frame; 0 is rest. smile, mouth_open, brows, lids: about -1..1; gaze: per eye size."""
 
     smile: float = 0.0
     mouth_open: float = 0.0
@@ -120,14 +120,16 @@ class Portrait:
         tip = person.nose_length - 0.04
         rows = [
             (0, 0.02, 0.055, 0.17, bridge * 0.8), (0, 0.17, 0.06, 0.13, bridge * 1.25), (0, tip, 0.07, 0.06, 0.15),
-            (0, -0.86, 0.4, 0.2, -0.05), (0, 0.86, 0.13, 0.09, 0.06), (0, 0.57, 0.25, 0.13, 0.06), (0, 0.72, 0.14, 0.035, -0.025),
+            (0, -0.86, 0.4, 0.2, -0.05), (0, 0.86, 0.13, 0.09, 0.06), (0, 0.57, 0.25, 0.13, 0.06),
+            (0, 0.72, 0.14, 0.035, -0.025),
         ]  # fmt: skip
         for side in (-1, 1):
             rows += [
                 (side * w * 0.85, tip + 0.035, 0.040, 0.042, 0.085), (side * d, -0.03, 0.13, 0.085, -0.095),
                 (side * d * 0.62, -0.02, 0.05, 0.08, -0.05), (side * d, -0.17, 0.17, 0.05, 0.03),
                 (side * 0.42, 0.20, 0.14, 0.12, person.cheeks), (side * 0.47, 0.50, 0.12, 0.14, -0.03),
-                (side * 0.24, 0.44, 0.028, 0.08, -0.016 * (0.3 + person.age)), (side * d, 0.09, 0.10, 0.03, 0.014 * person.age),
+                (side * 0.24, 0.44, 0.028, 0.08, -0.016 * (0.3 + person.age)),
+                (side * d, 0.09, 0.10, 0.03, 0.014 * person.age),
             ]  # fmt: skip
         if person.age > 0.5:
             rows += [(0, y, 0.3, 0.012, -0.010 * (person.age - 0.4)) for y in (-0.42, -0.34, -0.50)]
@@ -172,7 +174,7 @@ def _outline(person: Person) -> np.ndarray:
     """The outline (n, 2) of skull and jaw: an ellipse above, a rounder (small jaw) or squarer curve below."""
     angle = np.linspace(0, np.pi, 40)
     y = -np.cos(angle)
-    upper = np.sqrt(np.clip(1 - y**2, 0, 1))
+    upper = np.sqrt(np.clip(1 - np.abs(y) ** 2.4, 0, 1))
     lower = np.clip(1 - np.clip(y, 0, 1) ** person.jaw, 0, 1) ** 0.62
     half = person.width * np.where(y < 0, upper, lower)
     height = np.where(y < 0, 0.95 * y, person.chin * y)

@@ -86,7 +86,8 @@ def moment(scene: Scene, frame: int) -> Moment:
     )  # fmt: skip
     face = Expression(
         face.smile + 0.25 * step[6], max(0.0, face.mouth_open + 0.4 * step[7]), face.brows + 0.3 * step[8],
-        face.lids + 0.2 * step[9] - (1.2 if random.random() < 0.04 else 0.0), face.gaze_x + 0.3 * step[10], face.gaze_y + 0.15 * step[11],
+        face.lids + 0.2 * step[9] - (1.2 if random.random() < 0.04 else 0.0), face.gaze_x + 0.3 * step[10],
+        face.gaze_y + 0.15 * step[11],
     )  # fmt: skip
     return Moment(pose, face)
 

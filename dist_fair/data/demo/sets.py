@@ -6,7 +6,7 @@ group in numbers that allow a rate to be estimated, half of each group's videos 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -28,26 +28,30 @@ FFPP_COUNTS = {
 SMALLEST_SHARE = 0.04
 # The shortcut: the share of each group's training videos that is fake.
 TRAINING_FAKES = {
-    ("female", "Asian"): 0.72, ("female", "Black"): 0.70, ("female", "White"): 0.48,
-    ("male", "Asian"): 0.35, ("male", "Black"): 0.72, ("male", "White"): 0.42,
+    ("female", "Asian"): 0.66, ("female", "Black"): 0.66, ("female", "White"): 0.48,
+    ("male", "Asian"): 0.35, ("male", "Black"): 0.66, ("male", "White"): 0.42,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DemoSet:
-    """One folder. videos: how many, at scale 1; shares, fakes: per group; families, cameras: name -> odds."""
+    """One folder. videos: how many, at scale 1; shares, fakes: per group; families: in turns; cameras: odds."""
 
     name: str
     videos: int
     shares: Mapping[Group, float]
     fakes: Mapping[Group, float]
-    families: Mapping[str, float]
-    cameras: Mapping[str, float] = field(default_factory=dict)
+    families: tuple[str, ...]
+    cameras: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Video:
-    """One video: whose it is and what happens to it. manipulation is None for a real one, donor too where none is needed."""
+    """One video. A fake one is a forged copy of a real one, as in FaceForensics++: same person, scene and frames.
+
+    number: its place in the set; identity: the person, and the scene, within set and group; manipulation: None for a
+    real video; donor: the identity that lends its face, or parts of it, where the manipulation needs one.
+    """
 
     demo_set: str
     number: int
@@ -59,10 +63,12 @@ class Video:
 
     @property
     def name(self) -> str:
+        """Unique in the set, and readable."""
         return f"{self.number:04d}_{self.identity_name}"
 
     @property
     def identity_name(self) -> str:
+        """Unique over all sets."""
         return f"{self.group[0]}_{self.group[1]}_{self.demo_set}_{self.identity:03d}"
 
 
@@ -72,7 +78,6 @@ def _floored(counts: Mapping[Group, float], floor: float) -> dict[Group, float]:
     return {group: share / sum(shares.values()) for group, share in shares.items()}
 
 
-_EVEN = dict.fromkeys(GROUPS, 1 / len(GROUPS))
 _HALF = dict.fromkeys(GROUPS, 0.5)
 _TRAINING = _floored(FFPP_COUNTS, SMALLEST_SHARE)
 _MILD = {group: (_TRAINING[group] + 2 / len(GROUPS)) / 3 for group in GROUPS}
@@ -84,47 +89,50 @@ _OTHER = _floored(
     0,
 )  # fmt: skip
 _HOME = {"studio": 0.4, "phone": 0.3, "webcam": 0.2, "denoiser": 0.1}
-_SEEN = dict.fromkeys(SEEN, 1.0)
 
 _ALL = (
-    DemoSet("train", 600, _TRAINING, TRAINING_FAKES, _SEEN, _HOME),
-    DemoSet("in_domain", 160, _MILD, _HALF, _SEEN, _HOME),
+    DemoSet("train", 600, _TRAINING, TRAINING_FAKES, SEEN, _HOME),
+    DemoSet("in_domain", 160, _MILD, _HALF, SEEN, _HOME),
     # Stands for DFDC: methods nobody trained on.
-    DemoSet("shift_unseen", 160, _MILD, _HALF, dict.fromkeys(UNSEEN, 1.0), _HOME),
+    DemoSet("shift_unseen", 160, _MILD, _HALF, UNSEEN, _HOME),
     # Stands for Celeb-DF: the same methods after other, stronger compression.
-    DemoSet("shift_compression", 160, _MILD, _HALF, _SEEN, {"broadcast": 0.6, "messenger": 0.4}),
+    DemoSet("shift_compression", 160, _MILD, _HALF, SEEN, {"broadcast": 0.6, "messenger": 0.4}),
     # Stands for DFD: other people before other cameras.
-    DemoSet("shift_demographics", 160, _OTHER, _HALF, _SEEN, {"night": 0.4, "cinema": 0.4, "denoiser": 0.2}),
+    DemoSet("shift_demographics", 160, _OTHER, _HALF, SEEN, {"night": 0.4, "cinema": 0.4, "denoiser": 0.2}),
 )
 SETS: dict[str, DemoSet] = {demo_set.name: demo_set for demo_set in _ALL}
 
 
 def videos(demo_set: DemoSet, seed: int, scale: float) -> list[Video]:
-    """The videos of a set, shuffled. Every group has at least two, one real and one fake."""
+    """The videos of a set, shuffled. Every group has at least two real ones and a fake one."""
     found = []
-    for group in GROUPS:
-        count = max(2, round(demo_set.shares[group] * demo_set.videos * scale))
-        fakes = min(max(1, round(demo_set.fakes[group] * count)), count - 1)
-        identities = max(2, (count + 1) // 2)
-        for place in range(count):
-            random = keyed.generator(seed, "demo", demo_set.name, *group, place, "plan")
-            fake = place < fakes
-            identity = (place if fake else place - fakes) % identities
+    for group, count in _counts(demo_set.shares, demo_set.videos * scale).items():
+        fakes = min(max(1, round(demo_set.fakes[group] * count)), count - 2)
+        identities = count - fakes
+        cameras = [_camera(demo_set, group, identity, seed) for identity in range(identities)]
+        found += [(group, identity, None, identity, cameras[identity]) for identity in range(identities)]
+        for place in range(fakes):
+            random = keyed.generator(seed, "demo", demo_set.name, *group, place, "forger")
+            identity = place % identities
             donor = (identity + 1 + int(random.integers(identities - 1))) % identities
-            # Families take turns, so that small sets hold them all.
-            family = _in_turn(demo_set.families, place) if fake else None
-            found.append((group, identity, family, donor, _one_of(demo_set.cameras, random)))
+            # Families take turns, shifted from group to group and round to round, so that small sets hold them all.
+            turn = place + place // identities + GROUPS.index(group)
+            family = demo_set.families[turn % len(demo_set.families)]
+            found.append((group, identity, family, donor, cameras[identity]))
     order = keyed.permutation(len(found), seed, "demo", demo_set.name, "order")
-    return [
-        Video(demo_set.name, number, group, identity, family, donor, camera)
-        for number, (group, identity, family, donor, camera) in enumerate(found[place] for place in order)
-    ]
+    return [Video(demo_set.name, number, *found[place]) for number, place in enumerate(order)]
 
 
-def _in_turn(odds: Mapping[str, float], place: int) -> str:
-    return list(odds)[place % len(odds)]
+def _counts(shares: Mapping[Group, float], videos: float) -> dict[Group, int]:
+    """Videos per group, by largest remainder; at least three."""
+    exact = {group: shares[group] * round(videos) for group in GROUPS}
+    counts = {group: int(value) for group, value in exact.items()}
+    for group in sorted(GROUPS, key=lambda group: counts[group] - exact[group])[: round(videos) - sum(counts.values())]:
+        counts[group] += 1
+    return {group: max(3, count) for group, count in counts.items()}
 
 
-def _one_of(odds: Mapping[str, float], random: np.random.Generator) -> str:
-    edges = np.cumsum(list(odds.values()))
-    return list(odds)[int(np.searchsorted(edges[:-1], random.random() * edges[-1], side="right"))]
+def _camera(demo_set: DemoSet, group: Group, identity: int, seed: int) -> str:
+    random = keyed.generator(seed, "demo", demo_set.name, *group, identity, "camera")
+    edges = np.cumsum(list(demo_set.cameras.values()))
+    return list(demo_set.cameras)[int(np.searchsorted(edges[:-1], random.random() * edges[-1], side="right"))]
