@@ -31,7 +31,8 @@ ABOUT = "demo.json"
 def make(root: Path, seed: int = 0, scale: float = 1.0, workers: int = 2, progress: bool = True) -> None:
     """Draws the demo sets into ROOT/SET/00000.tar, ... and indexes them; what is already there is kept.
 
-    With the same NumPy and OpenCV the bytes depend on seed and scale alone. `scale` multiplies the number of videos. Can be stopped and called again.
+    With the same NumPy and OpenCV the bytes depend on seed and scale alone. `scale` multiplies the number of videos.
+    Can be stopped and called again.
     Raises DistFairError if ROOT holds demo sets of other parameters, or something else under their names.
     """
     root = Path(root)
