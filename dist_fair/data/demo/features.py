@@ -92,7 +92,7 @@ def paint_eyes(image: np.ndarray, person: Person, both: Eyes, light: np.ndarray)
     canvas.paint(image, spark * opening, np.array([0.97, 0.97, 0.97]) * np.clip(light, 0, 1))
     dark = np.minimum(person.hair * 0.5, person.skin * 0.28)
     lash = strokes(
-        [e.upper for e in both.both], 0.016 + 0.014 * (person.gender == "female") + 0.012 * person.makeup, 0.006
+        [e.upper for e in both.both], 0.016 + 0.010 * (person.gender == "female") + 0.006 * person.makeup, 0.006
     )
     canvas.paint(image, np.clip(lash, 0, 0.9), dark)
     canvas.paint(image, strokes([e.lower for e in both.both], 0.012, 0.007) * 0.45, dark)

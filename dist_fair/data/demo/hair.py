@@ -62,11 +62,11 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
     # The forehead's edge: temples lower than the middle, shifted by the parting, pulled down by a fringe.
     fringe = 0.20 * max(0.0, person.fringe - 0.55) / 0.45 if person.haircut in ("bob", "long", "short") else 0.0
     dip = 0.10 + 0.10 * (person.gender == "male") * person.age
-    inside = width - side * 0.35
+    inside, part = width - side * 0.35, min(max(person.part, -0.22), 0.22)
     edge = [
         (-inside, 0.30), (-inside, -0.05), (-inside * 0.97, top + 0.26),
         (-width * 0.74, top + 0.11 - dip * 0.5 + fringe),
-        (person.part - 0.17, top - 0.03 + fringe), (person.part + 0.13, top - 0.05 + fringe * 1.2),
+        (part - 0.17, top - 0.03 + fringe), (part + 0.13, top - 0.05 + fringe * 1.2),
         (width * 0.74, top + 0.11 - dip * 0.5 + fringe), (inside * 0.97, top + 0.26), (inside, -0.05), (inside, 0.30),
     ]  # fmt: skip
     opening = canvas.shape(canvas.smooth(edge), np.array([(-inside, 0.2), (inside, 0.2), (width, 1.4), (-width, 1.4)]))
