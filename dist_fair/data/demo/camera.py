@@ -36,7 +36,7 @@ CAMERAS = {
     # Only in shifted sets:
     "broadcast": Camera(softness=(0.4, 0.6), noise=(2.0, 5.0), resolution=(0.5, 0.75), quality=(30, 55)),
     "messenger": Camera(softness=(0.3, 0.6), noise=(3.0, 7.0), resolution=(0.45, 0.65), quality=(20, 45)),
-    "night": Camera(softness=(0.4, 0.7), noise=(8.0, 13.0), saturation=(0.6, 0.9), quality=(65, 88)),
+    "night": Camera(softness=(0.6, 0.9), noise=(9.0, 15.0), saturation=(0.6, 0.9), quality=(65, 88)),
     "cinema": Camera(
         softness=(0.2, 0.4), noise=(1.0, 2.5), sharpen=(0.4, 0.9), saturation=(1.1, 1.4), quality=(88, 97)
     ),

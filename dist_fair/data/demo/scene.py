@@ -58,7 +58,10 @@ class Picture:
 def film(*key: keyed.Part) -> Scene:
     """The scene of a key: anything from a dim room to a bright window, frontal to half-turned heads."""
     random = keyed.generator(*key, "scene")
-    normal = lambda deviation: float(deviation * np.clip(random.standard_normal(), -2, 2))  # noqa: E731
+
+    def normal(deviation: float) -> float:
+        return float(deviation * np.clip(random.standard_normal(), -2, 2))
+
     direction = np.array([normal(0.55), -0.25 + normal(0.3), 0.8])
     direction /= np.linalg.norm(direction)
     warmth = normal(0.05)

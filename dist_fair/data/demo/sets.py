@@ -98,7 +98,7 @@ _ALL = (
     # Stands for Celeb-DF: the same methods after other, stronger compression.
     DemoSet("shift_compression", 160, _MILD, _HALF, SEEN, {"broadcast": 0.6, "messenger": 0.4}),
     # Stands for DFD: other people before other cameras.
-    DemoSet("shift_demographics", 160, _OTHER, _HALF, SEEN, {"night": 0.4, "cinema": 0.4, "denoiser": 0.2}),
+    DemoSet("shift_demographics", 160, _OTHER, _HALF, SEEN, {"night": 0.5, "cinema": 0.2, "denoiser": 0.3}),
 )
 SETS: dict[str, DemoSet] = {demo_set.name: demo_set for demo_set in _ALL}
 
