@@ -23,7 +23,7 @@ from dist_fair.data.writing import SHARD_NAME, Sample, write_shard
 from dist_fair.errors import DistFairError
 
 # Raised whenever other bytes come out for the same seed and scale.
-VERSION = 2
+VERSION = 3
 VIDEOS_PER_SHARD = 100
 ABOUT = "demo.json"
 

@@ -117,9 +117,10 @@ FAMILIES: dict[str, Callable[[Forgery], np.ndarray]] = {
     "Lattice": lattice,
     "Morph": morph,
 }
-WITH_DONOR = ("FaceSwap", "EyeSplice", "MouthSplice", "Morph")
 SEEN = ("FaceSwap", "Expression", "Resample", "EyeSplice", "MouthSplice")
+SWAPS = ("FaceSwap", "EyeSplice", "MouthSplice")
 UNSEEN = ("Retouch", "Lattice", "Morph")
+WITH_DONOR = (*SWAPS, "Morph")
 
 
 def _splice(forgery: Forgery, mask: np.ndarray) -> np.ndarray:

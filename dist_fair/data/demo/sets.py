@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from dist_fair import keyed
-from dist_fair.data.demo.manipulations import SEEN, UNSEEN
+from dist_fair.data.demo.manipulations import SEEN, SWAPS, UNSEEN
 from dist_fair.data.demo.person import GENDERS, RACES
 
 Group = tuple[str, str]
@@ -97,8 +97,8 @@ _ALL = (
     DemoSet("shift_unseen", 160, _MILD, _HALF, UNSEEN, _HOME),
     # Stands for Celeb-DF: the same methods after other, stronger compression.
     DemoSet("shift_compression", 160, _MILD, _HALF, SEEN, {"broadcast": 0.6, "messenger": 0.4}),
-    # Stands for DFD: other people before other cameras.
-    DemoSet("shift_demographics", 160, _OTHER, _HALF, SEEN, {"night": 0.5, "cinema": 0.2, "denoiser": 0.3}),
+    # Stands for DFD: other people before other cameras, and swaps only, the whole face or a part.
+    DemoSet("shift_demographics", 160, _OTHER, _HALF, SWAPS, {"night": 0.5, "cinema": 0.2, "denoiser": 0.3}),
 )
 SETS: dict[str, DemoSet] = {demo_set.name: demo_set for demo_set in _ALL}
 
