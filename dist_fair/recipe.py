@@ -98,7 +98,7 @@ class Train:
     stop_after: int | None = setting(None, "stop this invocation, checkpointed, after so many steps", least=1)
     batch_size: int = setting(32, "samples per step over all ranks", least=1)
     accumulate: int = setting(1, "a step is made of so many smaller batches", least=1)
-    precision: str = setting("fp32", "of the detector; statistics are always fp32", choices=("fp32", "bf16"))
+    precision: str = setting("fp32", "bf16: of the detector alone; fp64: for proofs", choices=("fp32", "bf16", "fp64"))
     backend: str = setting("ddp", "how ranks share the work", choices=("ddp",))
     ranks: int | None = setting(None, "stop unless launched with so many ranks", least=1)
     clip: float | None = setting(None, "largest global gradient norm", least=1e-12)

@@ -40,6 +40,7 @@ class TimmDetector(Detector):
         self.pixel_std = tuple(backbone.pretrained_cfg.get("std", (0.5, 0.5, 0.5)))
 
     def extract(self, images: torch.Tensor) -> Outputs:
+        images = images.to(self.classifier.weight.dtype)
         feature_map = self.adjust(last_map(self.backbone, images))
         feature_map = feature_map * self.channel_mask.to(feature_map.dtype)[:, None, None]
         features = feature_map.mean(dim=(2, 3), dtype=_full_precision(feature_map))

@@ -31,13 +31,15 @@ class Losses:
 class TrainingModule(nn.Module):
     """Detector and interventions of a recipe.
 
-    precision: "fp32" or "bf16"; bf16 covers the detector's feature extraction only. Features, logits, statistics and
-    losses are fp32 always.
+    precision: "fp32", "bf16" or "fp64". bf16 covers the detector's feature extraction only: features, logits, statistics
+    and losses are fp32 then. fp64 is for proofs: what differs there between two ways of splitting a batch is a bug.
     """
 
     def __init__(self, detector: Detector, interventions: nn.ModuleDict, comm: Communicator, precision: str = "fp32"):
         super().__init__()
         self.detector, self.interventions, self.comm, self.precision = detector, interventions, comm, precision
+        if precision == "fp64":
+            self.double()
 
     def outputs(self, batch: Batch) -> Outputs:
         """Outputs for this rank's rows: detector, feature transforms in recipe order, classifier."""
@@ -70,7 +72,7 @@ class TrainingModule(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch) -> torch.Tensor:
         """Probability of fake, (B,) fp32, softmax(logits)[:, 1]."""
-        return self.outputs(batch).logits.float().softmax(dim=1)[:, 1]
+        return self.outputs(batch).logits.softmax(dim=1)[:, 1].float()
 
     def _objectives(
         self, summaries: dict[str, dict[str, torch.Tensor]], active: dict[str, float]

@@ -1,0 +1,121 @@
+"""The program with one classic bug planted: `python -m tests.command_line.planted FOLDER BUG ... -- ARGUMENTS`.
+
+Each bug is run in turn, in the same ranks, into FOLDER/BUG.
+"""
+
+import sys
+from unittest import mock
+
+import numpy as np
+import torch
+
+from dist_fair import collectives, train
+from dist_fair.data import loading, plan
+from dist_fair.detectors import norm
+
+
+def no_factor():
+    """Gathered statistics, gradient 1/W: the factor that open_clip's default and lightly's Barlow Twins lacked."""
+    return mock.patch.object(collectives._ReplicatedSum, "backward", staticmethod(lambda ctx, gradient: (gradient, None, None)))
+
+
+def squared_factor():
+    """The loss times W on top of a differentiable collective: DeCLUTR, tevatron, pytorch-metric-learning 363."""
+    return mock.patch.object(
+        collectives._ReplicatedSum, "backward", staticmethod(lambda ctx, gradient: (gradient * ctx.world**2, None, None))
+    )
+
+
+def local_statistics():
+    """Group statistics of each rank alone, as if the batch were the local one."""
+    return mock.patch.object(collectives.Communicator, "replicated_sum", lambda self, tensor, name: tensor * self.world)
+
+
+def detached_norm():
+    """Global statistics in the norm, but no gradient through them."""
+    return mock.patch.object(norm, "add_statistics_gradient", lambda dx, *_: dx)
+
+
+def local_norm():
+    """Batch norm per rank."""
+    return mock.patch.object(collectives.Communicator, "sum", _local_unless_hash(collectives.Communicator.sum))
+
+
+def _local_unless_hash(real):
+    return lambda self, tensor, name: tensor.detach() if name.startswith("norm/") else real(self, tensor, name)
+
+
+def double_norm_update():
+    """Running statistics updated twice per step (SAM implementations before they froze the second pass)."""
+    real = norm.SyncedBatchNorm._track
+
+    def twice(self, *moments):
+        real(self, *moments)
+        real(self, *moments)
+
+    return mock.patch.object(norm.SyncedBatchNorm, "_track", twice)
+
+
+def per_rank_mask():
+    """Channels scored on each rank's own samples: nni 5205, sparseml 429."""
+
+    def own(self, rows, name, sizes=None):
+        return rows.detach()[:, : rows.shape[1] // self.world].repeat(self.world, *[1] * (rows.ndim - 1))[: sum(sizes)]
+
+    return mock.patch.object(collectives.Communicator, "exchange_columns", own)
+
+
+def order_by_rank():
+    """Samples dealt out by rank as DistributedSampler does: the global batch then depends on W."""
+    real = plan.TrainingPlan.part
+
+    def strided(self, step, rank, world):
+        whole = real(self, step * world + rank if world > 1 else step, 0, 1)
+        rows = slice(0, len(whole) // world)
+        return plan.Selection(whole.samples[rows], whole.epochs[rows])
+
+    return mock.patch.object(plan.TrainingPlan, "part", strided)
+
+
+def augmented_by_rank():
+    """Augmentation drawn from the rank's own stream."""
+    real = loading.draws
+
+    def by_rank(seed, epochs, samples):
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return real(seed + rank, epochs, samples)
+
+    return mock.patch.object(loading, "draws", by_rank)
+
+
+def tail_repeated():
+    """Evaluation padded by repetition, as DistributedSampler pads."""
+    real = plan.EvaluationPlan.__getitem__
+
+    def repeated(self, step):
+        selection = real(self, step)
+        return plan.Selection(np.where(selection.samples < 0, 0, selection.samples), selection.epochs)
+
+    return mock.patch.object(plan.EvaluationPlan, "__getitem__", repeated)
+
+
+BUGS = {bug.__name__: bug for bug in (
+    no_factor, squared_factor, local_statistics, detached_norm, local_norm, double_norm_update, per_rank_mask,
+    order_by_rank, augmented_by_rank, tail_repeated,
+)}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    split = arguments.index("--")
+    folder, *bugs = arguments[:split]
+    for name in bugs:
+        with BUGS[name]():
+            try:
+                train.main([*arguments[split + 1 :], f"out={folder}/{name}"])
+            except ValueError as error:
+                print(f"{name}: {error}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
