@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_fair import cards
 from dist_fair.cards import Card
 from dist_fair.errors import DistFairError
-from dist_fair.recipe import check
-from dist_fair.resolved import Resolved, flatten, inline
+from dist_fair.recipe import FREE, check
+from dist_fair.resolved import Resolved, differences, flatten, inline
 from dist_fair.typed import Schema
 
 
@@ -56,15 +56,31 @@ def load(arguments: Sequence[str], interventions: Mapping[str, type]) -> Resolve
     return resolved
 
 
-def read(path: str | Path, interventions: Mapping[str, type]) -> Resolved:
-    """A recipe.yaml that a run has left. Nothing in it is interpolated, looked up or executed."""
-    content = cards.read_yaml(Path(path), str(path))
+def read(path: str | Path, interventions: Mapping[str, type], arguments: Sequence[str] = ()) -> Resolved:
+    """A recipe.yaml that a run has left. Nothing in it is interpolated, looked up or executed.
+
+    arguments: overrides that leave the trained detector as it is, such as data.eval; others raise DistFairError.
+    """
+    path = Path(path)
+    content = cards.read_yaml(path, str(path))
     schema = Schema(interventions)
     for key, value in flatten(content).items():
         if "${" in f"{key}{value}":
             raise DistFairError(f"{path}: {key}={value}: stored recipes are resolved; this file was changed by hand")
     schema.check(content, str(path))
-    return _resolve(schema.typed(content), dict.fromkeys(flatten(content), str(path)))
+    config, origins = schema.typed(content), dict.fromkeys(flatten(content), str(path))
+    stored = _resolve(config, origins)
+    choices, overrides = _parse(arguments)
+    if choices:
+        raise DistFairError(f"{' '.join(f'{key}={value}' for key, value in choices.items())}: {path} has its own; "
+                            "name settings instead, such as data.root=... data.eval=[...]")  # fmt: skip
+    for override in overrides:
+        origins.update(schema.apply(override, config))
+    changed = _resolve(config, origins)
+    if different := differences(stored.trajectory(), changed.trajectory()):
+        raise DistFairError(f"{'; '.join(different)}: part of how {path.parent} was trained; only settings beside that "
+                            f"may change: {', '.join(FREE)}")  # fmt: skip
+    return changed
 
 
 def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[Override]]:

@@ -35,15 +35,13 @@ def main(arguments: list[str]) -> int:
     with on_all_ranks():
         resolved = load(options.overrides, interventions())
     check_world("train", resolved.recipe.train.ranks)
-    from dist_fair.session import Session
+    from dist_fair.training import Training
 
-    session = Session(resolved)
-    if options.dry_run:
-        if session.leader:
-            print(session.describe())
-        return 0
-    if session.train() and session.tests:
-        session.evaluate(session.tests)
+    training = Training(resolved)
+    if not options.dry_run:
+        training.run()
+    elif training.leader:
+        print(training.describe())
     return 0
 
 

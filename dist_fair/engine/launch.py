@@ -60,7 +60,7 @@ def accelerator() -> Accelerator:
                             "to train on the CPU")  # fmt: skip
     if gpus == 0 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    # The first name is the one that torch 2.11 knows; 1x1 kernels have two equal layouts, of which DDP expects the other.
+    # The name that torch 2.11 knows; and 1x1 kernels have two equal layouts, of which DDP expects the other.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,152 @@
+"""Training a recipe: the run folder is claimed, then the loop runs, watched by the log, W&B and the console."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_fair.composition import read
+from dist_fair.data.batch import Batch
+from dist_fair.data.loading import Scoring, training_loader
+from dist_fair.engine import checkpoint
+from dist_fair.engine.assembly import vocabulary
+from dist_fair.engine.loop import Observer, Rhythm, Trainer
+from dist_fair.engine.optimization import build_optimizer, build_schedule
+from dist_fair.engine.run_folder import MetricsLog, RunFolder
+from dist_fair.errors import DistFairError, on_all_ranks
+from dist_fair.recipes import interventions
+from dist_fair.reporting.progress import Progress, say
+from dist_fair.reporting.wandb_log import WandbLog
+from dist_fair.resolved import Resolved, differences
+from dist_fair.session import Session
+
+
+class Training(Session):
+    """One invocation of a run. Making one checks everything that can be refused, and writes nothing."""
+
+    def __init__(self, resolved: Resolved):
+        with on_all_ranks():
+            self.start = claim(RunFolder(resolved.recipe.out), resolved)
+        super().__init__(resolved, RunFolder(resolved.recipe.out))
+        self.reader = self._reader(self.parts.index)
+        with on_all_ranks():
+            self.reader.check(self.parts.plan.samples)
+        self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
+
+    def run(self) -> None:
+        """Trains; evaluates if the run's last step is done and the recipe wants it."""
+        if self.train() and self.planned_tests:
+            self.evaluate(self.planned_tests, checkpoint.name_of(self.parts.steps))
+
+    def train(self) -> bool:
+        """Trains from the checkpoint found or from the start. True if the run's last step is done."""
+        trainer = self._trainer()
+        self.comm.barrier("claimed")
+        if self.leader:
+            self.folder.begin(self.resolved.yaml())
+            self.folder.rewind(trainer.step)
+        scoring = Scoring(self.reader, self.comm.rank, self.comm.world, self.device, self.recipe.data.mean,
+                          self.recipe.data.std, self.parts.plan.samples)  # fmt: skip
+        if trainer.step < trainer.rhythm.stop:
+            with self._observers(trainer) as observers:
+                trainer.run(self._batches, scoring, observers)
+        return trainer.step == self.parts.steps
+
+    def describe(self) -> str:
+        """What would run, for --dry-run."""
+        parts, index = self.parts, self.parts.index
+        groups = ", ".join(f"{name} {list(values)}" for name, values in vocabulary(index).items()) or "none"
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        begin = f"resumes {self.start.folder}" if self.start else "starts anew"
+        return "\n".join([
+            f"run folder    {self.folder.path} ({begin})",
+            f"training      {len(index)} samples of {', '.join(index.folders)}",
+            f"attributes    {groups}",
+            f"plan          {parts.plan.describe()}",
+            f"steps         {parts.steps}, each {self.recipe.train.batch_size} samples on {self.comm.world} rank(s)",
+            f"detector      {self.recipe.detector.name}, {parameters:,} parameters with the interventions'",
+            f"interventions {', '.join(self.recipe.interventions)}",
+            *(f"evaluation    {name}: {len(test)} samples" for name, test in self.planned_tests.items()),
+            "all checks passed; nothing was trained (--dry-run)",
+        ])  # fmt: skip
+
+    def _trainer(self) -> Trainer:
+        recipe, steps = self.recipe, self.parts.steps
+        begun = self.start.step if self.start else 0
+        stop = min(steps, begun + recipe.train.stop_after) if recipe.train.stop_after else steps
+        saved = recipe.checkpoint
+        rhythm = Rhythm(steps, stop, recipe.train.accumulate, recipe.train.clip, saved.every, saved.keep)
+        optimizer = build_optimizer(self.module, recipe.optimizer)
+        trainer = Trainer(
+            self.module,
+            optimizer,
+            build_schedule(optimizer, recipe.schedule, steps),
+            self.accelerator,
+            self.comm,
+            rhythm,
+            seed=recipe.seed,
+            recipe=self.resolved.trajectory(),
+            folder=self.folder.checkpoints,
+            describe=self.parts.index.place,
+        )
+        if self.start:
+            with on_all_ranks():
+                trainer.resume(self.start)
+        return trainer
+
+    def _batches(self, first: int, last: int) -> Iterator[Batch]:
+        data = self.recipe.data
+        loader = training_loader(self.parts.plan, self.reader, self.comm.rank, self.comm.world, first, last,
+                                 data.workers, data.augment, self.device)  # fmt: skip
+        yield from self._on_device(loader)
+        self._report_bad(loader, self.parts.index, "other samples of the same label and attributes took their place")
+
+    @contextmanager
+    def _observers(self, trainer: Trainer) -> Iterator[list[Observer]]:
+        """What watches the training: on the leader metrics.jsonl, W&B and the console, elsewhere nothing."""
+        if not self.leader:
+            yield []
+            return
+        chosen, name = self.recipe.wandb, self.recipe.wandb.name or self.folder.path.name
+        log = MetricsLog(self.folder.metrics)
+        wandb = WandbLog(chosen.mode, chosen.project, name, self.resolved.values, self.folder.path, chosen.tags)
+        with Progress(trainer.rhythm.stop, "train", True, self.recipe.log.every, trainer.step) as progress:
+
+            def observe(step: int, values: Mapping[str, object]) -> None:
+                log.write({"step": step, **values})
+                wandb.log(values, step)
+                progress.step(loss=values["loss"], lr=values["learning_rate"],
+                              samples_per_second=values["samples_per_second"])  # fmt: skip
+                for name, record in values.get("restructured", {}).items():
+                    say(f"step {step}: {name}: {record}")
+
+            try:
+                yield [observe]
+            finally:
+                log.close()
+                wandb.finish()
+
+
+def claim(folder: RunFolder, resolved: Resolved) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, or None; raises DistFairError where the folder belongs to something else."""
+    out, resume = f"out={folder.path}", resolved.recipe.resume
+    own = resolved.trajectory()
+    newest = checkpoint.newest(folder.checkpoints)
+    if folder.recipe.is_file():
+        if changed := differences(read(folder.recipe, interventions()).trajectory(), own):
+            raise DistFairError(f"{out} holds another run (then, now): {_few(changed)}: choose another out=")
+    elif folder.occupied():
+        raise DistFairError(f"{out} is not empty and no run folder (no recipe.yaml in it): choose another out=")
+    if resume == "never" and newest is not None:
+        raise DistFairError(f"resume=never, but {out} has {newest.name}: choose another out=, or resume=auto")
+    source = newest if resume in ("auto", "never") else checkpoint.find(Path(resume))
+    if source is None:
+        return None
+    found = checkpoint.read(source)
+    if changed := differences(found.recipe, own):
+        raise DistFairError(f"{source} is a checkpoint of another recipe (then, now): {_few(changed)}: to start "
+                            "from its weights, set detector.init_from")  # fmt: skip
+    return found
+
+
+def _few(changed: list[str]) -> str:
+    return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
