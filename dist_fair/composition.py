@@ -7,6 +7,7 @@ A recipe may build on others by Hydra's defaults list: `defaults: [sfd_gda, {ove
 file, `interventions: {NAME: null}` leaves out one that it would inherit.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def _drop_arguments(config: DictConfig, origins: Mapping[str, str], library: Ite
 
 
 def _resolve(config: DictConfig, origins: Mapping[str, str]) -> Resolved:
-    """Interpolations resolved, settings of interventions built, values checked."""
+    """Interpolations resolved, settings of interventions built, values checked; `config` stays as it is."""
+    config = copy.deepcopy(config)
     try:
         OmegaConf.resolve(config)
         values = OmegaConf.to_container(config)
