@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dist_fair.cli import guarded
-from dist_fair.errors import on_all_ranks
+from dist_fair.errors import DistFairError, on_all_ranks
 
 
 def main(arguments: list[str]) -> int:
@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
                         help="changes that leave the detector as it is, such as data.eval=[...]")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where results go; default: the run folder")
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     from dist_fair.engine.launch import check_world, relaunch
 
     if options.ranks is not None:
@@ -30,11 +30,15 @@ def main(arguments: list[str]) -> int:
     from dist_fair.session import Session
 
     with on_all_ranks():
-        source = find(Path(options.source))
+        source = find(Path(options.source).absolute())
         run = source.parent.parent
+        folder = RunFolder(options.out or run)
+        folder.refuse_file()
+        if folder.recipe.is_file() and not folder.path.samefile(run):
+            raise DistFairError(f"--out={options.out} is the folder of another run: choose another one")
         resolved = read(run / "recipe.yaml", interventions(), options.overrides)
         resolved.recipe.detector.pretrained, resolved.recipe.detector.init_from = False, None  # the checkpoint has all
-    session = Session(resolved, RunFolder(options.out or run))
+    session = Session(resolved, folder)
     session.load(source)
     session.evaluate(session.tests(), source.name)
     return 0

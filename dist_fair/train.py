@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, train nothing")
     parser.add_argument("--keys", action="store_true", help="list all keys with their types, defaults and meaning")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.keys:
         from dist_fair.recipes import schema_help
 

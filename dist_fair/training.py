@@ -30,6 +30,7 @@ class Training(Session):
         self.reader = self._reader(self.parts.index)
         with on_all_ranks():
             self.reader.check(self.parts.plan.samples)
+            self.optimizer = build_optimizer(self.module, self.recipe.optimizer)
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
 
     def run(self) -> None:
@@ -49,6 +50,8 @@ class Training(Session):
         if trainer.step < trainer.rhythm.stop:
             with self._observers(trainer) as observers:
                 trainer.run(self._batches, scoring, observers)
+            self._report_bad(self.loader, self.parts.index,
+                             "other samples of the same label and attributes took their place")  # fmt: skip
         return trainer.step == self.parts.steps
 
     def describe(self) -> str:
@@ -75,11 +78,10 @@ class Training(Session):
         stop = min(steps, begun + recipe.train.stop_after) if recipe.train.stop_after else steps
         saved = recipe.checkpoint
         rhythm = Rhythm(steps, stop, recipe.train.accumulate, recipe.train.clip, saved.every, saved.keep)
-        optimizer = build_optimizer(self.module, recipe.optimizer)
         trainer = Trainer(
             self.module,
-            optimizer,
-            build_schedule(optimizer, recipe.schedule, steps),
+            self.optimizer,
+            build_schedule(self.optimizer, recipe.schedule, steps),
             self.accelerator,
             self.comm,
             rhythm,
@@ -95,10 +97,9 @@ class Training(Session):
 
     def _batches(self, first: int, last: int) -> Iterator[Batch]:
         data = self.recipe.data
-        loader = training_loader(self.parts.plan, self.reader, self.comm.rank, self.comm.world, first, last,
-                                 data.workers, data.augment, self.device)  # fmt: skip
-        yield from self._on_device(loader)
-        self._report_bad(loader, self.parts.index, "other samples of the same label and attributes took their place")
+        self.loader = training_loader(self.parts.plan, self.reader, self.comm.rank, self.comm.world, first, last,
+                                      data.workers, data.augment, self.device)  # fmt: skip
+        return self._on_device(self.loader)
 
     @contextmanager
     def _observers(self, trainer: Trainer) -> Iterator[list[Observer]]:
@@ -128,6 +129,7 @@ class Training(Session):
 
 def claim(folder: RunFolder, resolved: Resolved) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, or None; raises DistFairError where the folder belongs to something else."""
+    folder.refuse_file()
     out, resume = f"out={folder.path}", resolved.recipe.resume
     own = resolved.trajectory()
     newest = checkpoint.newest(folder.checkpoints)

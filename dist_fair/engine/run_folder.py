@@ -40,7 +40,10 @@ class RunFolder:
 
     def begin(self, recipe_yaml: str) -> None:
         """Makes the folder and stores the recipe. The caller has checked that the folder may be used."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DistFairError(f"{self.checkpoints} cannot be made ({error.strerror}): choose another out=") from None
         write_text(self.recipe, recipe_yaml)
 
     def rewind(self, step: int) -> None:
@@ -56,6 +59,11 @@ class RunFolder:
                 break
             kept.append(line)
         write_text(self.metrics, "".join(kept))
+
+    def refuse_file(self) -> None:
+        """Raises DistFairError if a file lies where the folder should."""
+        if self.path.exists() and not self.path.is_dir():
+            raise DistFairError(f"{self.path} is a file: results need a folder, choose another one")
 
     def occupied(self) -> bool:
         """True if something other than a fresh run's files lies here."""
