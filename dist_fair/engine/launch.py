@@ -4,12 +4,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from typing import TYPE_CHECKING
 
 from dist_fair.errors import DistFairError, on_all_ranks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 HOW = (
     "launch with `dist-fair {verb} --ranks N ...`, `torchrun --nproc_per_node N -m dist_fair.{verb} ...`, or "
@@ -48,11 +48,15 @@ def check_world(verb: str, expected: int | None) -> None:
             raise DistFairError(f"train.ranks={expected}, but there are {world} ranks: " + HOW.format(verb=verb))
 
 
-def accelerator() -> Accelerator:
+def accelerator() -> "Accelerator":
     """The process group and device of this rank: GPUs if this node has any, else the CPU and gloo.
 
     Buffers are not broadcast: synced norm keeps them equal, and a broadcast would hide it if it did not.
     """
+    import torch  # here, so that a process that only launches others starts at once
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if 0 < gpus < local:

@@ -32,7 +32,8 @@ class TrainingModule(nn.Module):
     """Detector and interventions of a recipe.
 
     precision: "fp32", "bf16" or "fp64". bf16 covers the detector's feature extraction only: features, logits,
-    statistics and losses are fp32 then. fp64 is for proofs: what differs there between two ways of splitting a batch is a bug.
+    statistics and losses are fp32 then. fp64 is for proofs: whatever
+    differs there between two ways of splitting a batch is a bug.
     """
 
     def __init__(self, detector: Detector, interventions: nn.ModuleDict, comm: Communicator, precision: str = "fp32"):
