@@ -26,7 +26,8 @@ class TimmDetector(Detector):
     """images (B, 3, H, W) -> feature_map (B, C, h, w), features (B, C), logits (B, 2). Features and logits in fp32+.
 
     adjust_channels: width of a 1x1 convolution + batch norm + ReLU after the backbone, C then (512 on Xception's 2048
-    in PG-FDD and UCF; absent in SFD+GDA). smooth: see `smoothed`. pixel_mean, pixel_std: what timm's weights of this model expect.
+    in PG-FDD and UCF; absent in SFD+GDA). smooth: see `smoothed`. pixel_mean, pixel_std: what timm's weights of this
+    model expect.
     """
 
     def __init__(self, backbone: nn.Module, channels: int, adjust_channels: int | None = None):
@@ -69,8 +70,10 @@ def build_timm(
         raise DistFairError(f"detector.arguments.adjust_channels={adjust_channels}: a number of channels, or left out")
     smooth = arguments.pop("smooth", False)
     if smooth not in (True, False) or (smooth and pretrained):
-        raise DistFairError(f"detector.arguments.smooth={smooth}, detector.pretrained={pretrained}: smooth is true or "
-                            "false, and true only from scratch: weights learned with ReLU mean nothing without")  # fmt: skip
+        raise DistFairError(
+            f"detector.arguments.smooth={smooth} with detector.pretrained={pretrained}: true or false, and true only "
+            "from scratch: weights that were learned with ReLU mean nothing without it"
+        )
     backbone, channels = create_backbone(name, pretrained, arguments, others)
     return TimmDetector(smoothed(backbone) if smooth else backbone, channels, adjust_channels)
 
