@@ -122,6 +122,9 @@ class Training(Session):
 
             try:
                 yield [observe]
+            except BaseException:
+                wandb.finish(failed=True)
+                raise
             finally:
                 log.close()
                 wandb.finish()
