@@ -16,13 +16,17 @@ from dist_fair.detectors import norm
 
 def no_factor():
     """Gathered statistics, gradient 1/W: the factor that open_clip's default and lightly's Barlow Twins lacked."""
-    return mock.patch.object(collectives._ReplicatedSum, "backward", staticmethod(lambda ctx, gradient: (gradient, None, None)))
+    return mock.patch.object(
+        collectives._ReplicatedSum, "backward", staticmethod(lambda ctx, gradient: (gradient, None, None))
+    )
 
 
 def squared_factor():
     """The loss times W on top of a differentiable collective: DeCLUTR, tevatron, pytorch-metric-learning 363."""
     return mock.patch.object(
-        collectives._ReplicatedSum, "backward", staticmethod(lambda ctx, gradient: (gradient * ctx.world**2, None, None))
+        collectives._ReplicatedSum,
+        "backward",
+        staticmethod(lambda ctx, gradient: (gradient * ctx.world**2, None, None)),
     )
 
 
