@@ -16,7 +16,7 @@ from dist_fair.errors import DistFairError, on_all_ranks
 from dist_fair.recipes import interventions
 from dist_fair.reporting.progress import Progress, say
 from dist_fair.reporting.wandb_log import WandbLog
-from dist_fair.resolved import Resolved, differences
+from dist_fair.resolved import Resolved, differences, flatten
 from dist_fair.session import Session
 
 
@@ -34,11 +34,17 @@ class Training(Session):
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
 
     def run(self) -> None:
-        """Trains; evaluates if the run's last step is done and the recipe wants it."""
-        if self.train() and self.planned_tests:
-            self.evaluate(self.planned_tests, checkpoint.name_of(self.parts.steps))
+        """Trains; evaluates if the run's last step is done and the recipe wants it. W&B sees both."""
+        wandb = self._wandb()
+        try:
+            if self.train(wandb) and self.planned_tests:
+                wandb.summary(flatten(self.evaluate(self.planned_tests, checkpoint.name_of(self.parts.steps))))
+        except BaseException:
+            wandb.finish(failed=True)
+            raise
+        wandb.finish()
 
-    def train(self) -> bool:
+    def train(self, wandb: WandbLog) -> bool:
         """Trains from the checkpoint found or from the start. True if the run's last step is done."""
         trainer = self._trainer()
         self.comm.barrier("claimed")
@@ -48,7 +54,7 @@ class Training(Session):
         scoring = Scoring(self.reader, self.comm.rank, self.comm.world, self.device, self.recipe.data.mean,
                           self.recipe.data.std, self.parts.plan.samples)  # fmt: skip
         if trainer.step < trainer.rhythm.stop:
-            with self._observers(trainer) as observers:
+            with self._observers(trainer, wandb) as observers:
                 trainer.run(self._batches, scoring, observers)
             self._report_bad(self.loader, self.parts.index,
                              "other samples of the same label and attributes took their place")  # fmt: skip
@@ -101,15 +107,18 @@ class Training(Session):
                                       data.workers, data.augment, self.device)  # fmt: skip
         return self._on_device(self.loader)
 
+    def _wandb(self) -> WandbLog:
+        chosen = self.recipe.wandb
+        mode, name = chosen.mode if self.leader else "disabled", chosen.name or self.folder.path.name
+        return WandbLog(mode, chosen.project, name, self.resolved.values, self.folder.path, chosen.tags)
+
     @contextmanager
-    def _observers(self, trainer: Trainer) -> Iterator[list[Observer]]:
+    def _observers(self, trainer: Trainer, wandb: WandbLog) -> Iterator[list[Observer]]:
         """What watches the training: on the leader metrics.jsonl, W&B and the console, elsewhere nothing."""
         if not self.leader:
             yield []
             return
-        chosen, name = self.recipe.wandb, self.recipe.wandb.name or self.folder.path.name
         log = MetricsLog(self.folder.metrics)
-        wandb = WandbLog(chosen.mode, chosen.project, name, self.resolved.values, self.folder.path, chosen.tags)
         with Progress(trainer.rhythm.stop, "train", True, self.recipe.log.every, trainer.step) as progress:
 
             def observe(step: int, values: Mapping[str, object]) -> None:
@@ -122,12 +131,8 @@ class Training(Session):
 
             try:
                 yield [observe]
-            except BaseException:
-                wandb.finish(failed=True)
-                raise
             finally:
                 log.close()
-                wandb.finish()
 
 
 def claim(folder: RunFolder, resolved: Resolved) -> checkpoint.Checkpoint | None:

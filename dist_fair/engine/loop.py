@@ -151,10 +151,11 @@ class Trainer:
         ]
         names = [name for part in self.comm.objects(own, "non-finite samples") for name in part]
         found = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
+        last = checkpoint.newest(self.folder)
         error = DistFairError(
             f"step {self.step}: loss {values['loss']}, gradient norm {values['gradient_norm']}: stopped before they "
             f"reach the weights. Samples whose logits are not finite: {found or 'none'}. Lower optimizer.lr or set "
-            f"train.clip; resume from {checkpoint.newest(self.folder) or 'the start'}"
+            f"train.clip, in another out=" + (f"; detector.init_from={last} keeps its weights" if last else "")
         )
         error.everywhere = True
         raise error

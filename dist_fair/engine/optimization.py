@@ -29,7 +29,7 @@ def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optim
         if settings.name in _TORCH:
             return _TORCH[settings.name](parameters, **arguments)
         return timm.optim.create_optimizer_v2(parameters, opt=settings.name, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DistFairError(f"optimizer.name={settings.name} does not take these settings: {error}") from None
 
 

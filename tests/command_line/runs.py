@@ -17,13 +17,13 @@ GENDERS, RACES = ("female", "male"), ("Asian", "Black", "White")
 SIZE = 32
 # Small enough for four ranks on two cores; three scoring batches and one rank more or less split unevenly.
 QUICK = [
-    "train.steps=32", "train.batch_size=32", "data.window=8", "data.image_size=64", "optimizer.lr=5e-4", "checkpoint.every=10",
+    "train.steps=32", "train.batch_size=32", "data.window=8", "data.image_size=64", "optimizer.lr=5e-4",
+    "checkpoint.every=10",
     "interventions.channel_decoupling.batch_size=50", "interventions.channel_decoupling.batches=2",
     "interventions.distribution_alignment.grid=32", "interventions.distribution_alignment.weight=0.1",
     "evaluation.bootstrap=5", "evaluation.batch_size=24", "wandb.mode=disabled",
     "detector.arguments={layers: [1, 1, 1, 1], channels: [16, 32, 64, 128]}",
 ]  # fmt: skip
-QUICK_WITHOUT_METHODS = [one for one in QUICK if not one.startswith("interventions.")]
 
 
 def draw(folder: Path, count: int, seed: int, per_shard: int = 40) -> None:
