@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> int:
         out = [f"--out={options.out}"] if options.out else []
         relaunch("evaluate", options.ranks, [options.source, *options.overrides, *out])
     check_world("evaluate", None)
-    from dist_fair.composition import read
     from dist_fair.engine.checkpoint import find
     from dist_fair.engine.run_folder import RunFolder
+    from dist_fair.recipe.composition import read
     from dist_fair.recipes import interventions
     from dist_fair.session import Session
 

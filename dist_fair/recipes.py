@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Mapping
 
-from dist_fair import cards
 from dist_fair.cli import guarded
+from dist_fair.recipe import cards
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     verbs.add_parser("keys", help="all keys with their types, defaults and meaning")
     options = parser.parse_args(arguments)
     if options.verb == "show":
-        from dist_fair.composition import load
+        from dist_fair.recipe.composition import load
 
         choice = options.name if options.name.startswith("recipe=") else f"recipe={options.name}"
         print(load([choice, *options.overrides], interventions()).yaml(), end="")
@@ -51,7 +51,7 @@ def interventions() -> Mapping[str, type]:
 
 def schema_help() -> str:
     """All keys of a recipe with default, meaning and type."""
-    from dist_fair.typed import Schema
+    from dist_fair.recipe.typed import Schema
 
     entries = [entry for entry in Schema(interventions()).describe() if not entry[0].startswith("recipe=")]
     width = max(len(start) for start, _ in entries if len(start) < 50)

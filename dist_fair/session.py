@@ -18,9 +18,9 @@ from dist_fair.engine.evaluation import evaluate_all
 from dist_fair.engine.launch import accelerator
 from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import on_all_ranks
+from dist_fair.recipe.resolved import Resolved
 from dist_fair.reporting.progress import Progress, say
 from dist_fair.reporting.tables import evaluation_table
-from dist_fair.resolved import Resolved
 
 
 class Session:

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
     if options.ranks is not None:
         relaunch("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
-    from dist_fair.composition import load
+    from dist_fair.recipe.composition import load
     from dist_fair.recipes import interventions
 
     with on_all_ranks():

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_fair.composition import read
 from dist_fair.data.batch import Batch
 from dist_fair.data.loading import Scoring, training_loader
 from dist_fair.engine import checkpoint
@@ -13,10 +12,11 @@ from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
 from dist_fair.engine.run_folder import MetricsLog, RunFolder
 from dist_fair.errors import DistFairError, on_all_ranks
+from dist_fair.recipe.composition import read
+from dist_fair.recipe.resolved import Resolved, differences, flatten
 from dist_fair.recipes import interventions
 from dist_fair.reporting.progress import Progress, say
 from dist_fair.reporting.wandb_log import WandbLog
-from dist_fair.resolved import Resolved, differences, flatten
 from dist_fair.session import Session
 
 

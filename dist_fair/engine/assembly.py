@@ -18,7 +18,7 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Settings, build
-from dist_fair.recipe import Data, DetectorSettings, Recipe
+from dist_fair.recipe.schema import Data, DetectorSettings, Recipe
 
 
 def dataset_folder(data: Data, entry: str) -> Path:

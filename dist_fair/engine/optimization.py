@@ -7,7 +7,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from dist_fair.errors import DistFairError, nearest
-from dist_fair.recipe import Optimizer, Schedule
+from dist_fair.recipe.schema import Optimizer, Schedule
 
 # torch's own under the names people expect: timm's "sgd" is Nesterov, these are the textbook ones.
 _TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

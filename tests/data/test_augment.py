@@ -102,6 +102,6 @@ def test_the_input_is_left_alone():
 
 
 def test_the_recipe_s_settings_fit():
-    from dist_fair.recipe import Augmentation
+    from dist_fair.recipe.schema import Augmentation
 
     assert augment(IMAGE, Augmentation(**STRONG), drawn()).shape == IMAGE.shape

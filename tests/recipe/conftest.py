@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dist_fair.composition import load
 from dist_fair.errors import DistFairError
-from dist_fair.resolved import Resolved
+from dist_fair.recipe.composition import load
+from dist_fair.recipe.resolved import Resolved
 
 
 @dataclass

@@ -5,7 +5,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from dist_fair.composition import load
+from dist_fair.recipe.composition import load
 
 
 @pytest.fixture

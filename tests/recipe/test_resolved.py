@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from dist_fair.composition import load, read
 from dist_fair.errors import DistFairError
-from dist_fair.resolved import differences, flatten
+from dist_fair.recipe.composition import load, read
+from dist_fair.recipe.resolved import differences, flatten
 from tests.recipe.conftest import INTERVENTIONS
 
 SFD_GDA = "recipe=sfd_gda"
@@ -122,5 +122,5 @@ def test_differences_name_the_keys(resolve):
     asked = resolve(SFD_GDA, "seed=1", "optimizer.lr=0.5", "~interventions.channel_decoupling").trajectory()
     found = differences(stored, asked)
     assert "seed: 0, 1" in found
-    assert "optimizer.lr: 0.05, 0.5" in found
+    assert "optimizer.lr: 0.001, 0.5" in found
     assert "interventions.channel_decoupling.part: 0.02, absent" in found

@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from dist_fair import cards, recipes
-from dist_fair.composition import load
-from dist_fair.recipe import Recipe, walk
+from dist_fair import recipes
+from dist_fair.recipe import cards
+from dist_fair.recipe.composition import load
+from dist_fair.recipe.schema import Recipe, walk
 
 KEYS = """
 recipe seed out

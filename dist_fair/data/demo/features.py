@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dist_fair import keyed
 from dist_fair.data.demo import canvas
-from dist_fair.data.demo.person import Person
-
-if TYPE_CHECKING:
-    from dist_fair.data.demo.portrait import Expression
+from dist_fair.data.demo.person import Expression, Person
 
 EYE_LEVEL = -0.03
 EYES = canvas.window(-0.66, -0.46, 0.66, 0.28)
@@ -49,7 +45,7 @@ class Mouth:
     bumps: list
 
 
-def eyes(person: Person, expression: "Expression") -> Eyes:
+def eyes(person: Person, expression: Expression) -> Eyes:
     """Where lids and irises are."""
     both, bumps = [], []
     opening = person.eye_height * np.clip(1 + 0.45 * expression.lids - 0.25 * max(expression.smile, 0), 0.15, 1.5)
@@ -100,7 +96,7 @@ def paint_eyes(image: np.ndarray, person: Person, both: Eyes, light: np.ndarray)
     canvas.paint(image, strokes(folds, 0.014, 0.007) * 0.55 * person.crease, person.skin * (0.55, 0.42, 0.38) * light)
 
 
-def paint_brows(image: np.ndarray, person: Person, expression: "Expression") -> None:
+def paint_brows(image: np.ndarray, person: Person, expression: Expression) -> None:
     """Brows of many short hairs, thicker towards the nose."""
     image, shape, strokes = _in_window(image, EYES)
     random = keyed.generator(*person.key, "brows")
@@ -127,7 +123,7 @@ def paint_brows(image: np.ndarray, person: Person, expression: "Expression") -> 
     canvas.paint(image, strokes(hairs, 0.011, 0.005) * 0.6, tone * 0.75)
 
 
-def mouth(person: Person, expression: "Expression") -> Mouth:
+def mouth(person: Person, expression: Expression) -> Mouth:
     """The lips' outlines for an expression; lips part around the line between them."""
     smile, opened = expression.smile, max(expression.mouth_open, 0.0)
     half = person.mouth_width * (1 + 0.14 * smile - 0.06 * opened)

@@ -52,6 +52,18 @@ HAIRCUT_ODDS = {
 
 
 @dataclass(frozen=True)
+class Expression:
+    """What a face does in one frame; 0 is rest. smile, mouth_open, brows, lids: about -1..1; gaze: per eye size."""
+
+    smile: float = 0.0
+    mouth_open: float = 0.0
+    brows: float = 0.0
+    lids: float = 0.0
+    gaze_x: float = 0.0
+    gaze_y: float = 0.0
+
+
+@dataclass(frozen=True)
 class Person:
     """The lasting features of one person.
 

@@ -11,19 +11,7 @@ from dist_fair import keyed
 from dist_fair.data.demo import canvas, features
 from dist_fair.data.demo.canvas import X, Y
 from dist_fair.data.demo.hair import grow
-from dist_fair.data.demo.person import Person
-
-
-@dataclass(frozen=True)
-class Expression:
-    """What a face does in one frame; 0 is rest. smile, mouth_open, brows, lids: about -1..1; gaze: per eye size."""
-
-    smile: float = 0.0
-    mouth_open: float = 0.0
-    brows: float = 0.0
-    lids: float = 0.0
-    gaze_x: float = 0.0
-    gaze_y: float = 0.0
+from dist_fair.data.demo.person import Expression, Person
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 from dist_fair import keyed
 from dist_fair.data.demo import canvas
 from dist_fair.data.demo.canvas import SIDE, UNIT, X, Y
-from dist_fair.data.demo.portrait import Expression, Light, Portrait
+from dist_fair.data.demo.person import Expression
+from dist_fair.data.demo.portrait import Light, Portrait
 
 SIZE = 96
 # Drawn larger and averaged down: smooth edges.

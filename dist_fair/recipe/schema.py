@@ -1,4 +1,4 @@
-"""The typed schema of a recipe: every key, its default, its range, its meaning. Reading files is dist_fair.composition.
+"""The typed schema of a recipe: every key, its default, its range, its meaning. `composition` reads the files.
 
 Lengths of time inside a run (warm-up, delays, ramps, stages) are parts of the run in [0, 1], so that a recipe keeps its
 shape when `train.steps` changes.

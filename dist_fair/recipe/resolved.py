@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dist_fair.recipe import FREE, Recipe
+from dist_fair.recipe.schema import FREE, Recipe
 
 # Mappings whose order is part of the experiment: interventions act, and tapes fill a batch, in the order of the recipe.
 _ORDERED = ("interventions", "data.tapes", "data.attributes")
@@ -43,7 +43,7 @@ class Resolved:
         return lines
 
     def trajectory(self) -> dict[str, Any]:
-        """Dotted key -> value of all that shapes the trained detector; dist_fair.recipe.FREE lists what does not."""
+        """Dotted key -> value of all that shapes the trained detector; `schema.FREE` lists what does not."""
         kept = {key: value for key, value in flatten(self.values).items()
                 if not any(key == free or key.startswith(f"{free}.") for free in FREE)}  # fmt: skip
         for key in _ORDERED:

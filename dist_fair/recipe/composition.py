@@ -22,12 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_fair import cards
-from dist_fair.cards import Card
 from dist_fair.errors import DistFairError
-from dist_fair.recipe import FREE, check
-from dist_fair.resolved import Resolved, differences, flatten, inline
-from dist_fair.typed import Schema
+from dist_fair.recipe import cards
+from dist_fair.recipe.cards import Card
+from dist_fair.recipe.resolved import Resolved, differences, flatten, inline
+from dist_fair.recipe.schema import FREE, check
+from dist_fair.recipe.typed import Schema
 
 
 def load(arguments: Sequence[str], interventions: Mapping[str, type]) -> Resolved:

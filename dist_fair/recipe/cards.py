@@ -33,7 +33,7 @@ class Card:
 
 def shipped(folder: str) -> Path:
     """A folder that travels with the package: inside it where installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "_shipped" / folder
     return inside if inside.is_dir() else package.parent / folder
 
@@ -66,7 +66,7 @@ def own_card(group: str, choice: str) -> Card | None:
 
 
 def read_card(group: str, path: Path, source: str, name: str) -> Card:
-    """Reads a file; keys and types are checked against the schema by dist_fair.typed."""
+    """Reads a file; keys and types are checked against the schema by dist_fair.recipe.typed."""
     content = read_yaml(path, source)
     defaults = content.pop("defaults", [])
     if not isinstance(defaults, list):

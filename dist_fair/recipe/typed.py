@@ -9,10 +9,10 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from dist_fair.cards import refuse_targets
 from dist_fair.errors import DistFairError, nearest
-from dist_fair.recipe import Recipe, Tape
-from dist_fair.resolved import flatten, inline
+from dist_fair.recipe.cards import refuse_targets
+from dist_fair.recipe.resolved import flatten, inline
+from dist_fair.recipe.schema import Recipe, Tape
 
 
 class Schema:
