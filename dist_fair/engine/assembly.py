@@ -10,13 +10,13 @@ import torch
 
 from dist_fair import keyed
 from dist_fair.collectives import Communicator
-from dist_fair.data.index import Index, read_index
+from dist_fair.data.index import INDEX_NAME, Index, read_index
 from dist_fair.data.plan import TapeSpec, TrainingPlan
 from dist_fair.demographics import Groups
 from dist_fair.detectors import build_detector
 from dist_fair.engine import checkpoint
 from dist_fair.engine.module import TrainingModule
-from dist_fair.errors import DistFairError
+from dist_fair.errors import DistFairError, nearest
 from dist_fair.interventions.base import Facts, Settings, build
 from dist_fair.recipe.schema import Data, DetectorSettings, Recipe
 
@@ -36,7 +36,8 @@ def dataset_names(entries: Sequence[str]) -> dict[str, str]:
 
 def prepare_demo(data: Data, comm: Communicator) -> None:
     """Draws the demo faces if they are what is asked for and are not there: rank 0 draws, the others wait."""
-    if data.name == "demo" and not Path(data.root).exists():
+    folders = [dataset_folder(data, entry) for entry in (*data.train, *data.eval)]
+    if data.name == "demo" and not all((folder / INDEX_NAME).is_file() for folder in folders):
         if comm.rank == 0:
             from dist_fair.data import demo
 
@@ -44,23 +45,34 @@ def prepare_demo(data: Data, comm: Communicator) -> None:
         comm.barrier("demo faces")
 
 
-def training_index(data: Data) -> Index:
+def training_index(recipe: Recipe) -> Index:
     """All training samples with the declared attributes.
 
-    Raises DistFairError if an attribute, or a group of all attributes together, is absent from the data.
+    Raises DistFairError if a declared value, or a group that an intervention of the recipe looks at, is absent.
     """
+    data = recipe.data
     index = Index.concatenate([read_index(dataset_folder(data, entry)) for entry in data.train])
     index = index.with_values(data.attributes)
-    if not data.attributes:
-        return index
-    groups = Groups.of([*data.attributes], vocabulary(index))
+    for attribute in data.attributes:
+        _check_groups(index, [attribute], "data.attributes")
+    for name, settings in recipe.interventions.items():
+        if attributes := getattr(settings, "attributes", None):
+            _check_groups(index, attributes, f"interventions.{name}.attributes")
+    return index
+
+
+def _check_groups(index: Index, attributes: Sequence[str], key: str) -> None:
+    declared = [*index.attributes]
+    if unknown := [name for name in attributes if name not in declared]:
+        raise DistFairError(f"{key}={list(attributes)}: data.attributes has no '{unknown[0]}': "
+                            f"{nearest(unknown[0], declared)} (+data.attributes.{unknown[0]}=[] adds it)")  # fmt: skip
+    groups = Groups.of(attributes, vocabulary(index))
     counts = np.bincount(groups.codes(codes_of(index)) + 1, minlength=len(groups) + 1)[1:]
     if absent := [name for name, count in zip(groups.names, counts, strict=True) if count == 0]:
         raise DistFairError(
-            f"data.attributes: no training sample of group {', '.join(absent)} in {', '.join(index.folders)}; "
-            "leave the value out of data.attributes, or the attribute, or add data"
+            f"{key}={list(attributes)}: no training sample of group {', '.join(absent)} in {', '.join(index.folders)}; "
+            "leave the value out of data.attributes, choose other attributes, or add data"
         )
-    return index
 
 
 def evaluation_indexes(data: Data, training: Mapping[str, Sequence[str]]) -> dict[str, Index]:
@@ -113,7 +125,7 @@ class Parts:
 
 def assemble(recipe: Recipe, comm: Communicator) -> Parts:
     """Index, plan, detector and interventions; the same initial weights on every rank."""
-    index = training_index(recipe.data)
+    index = training_index(recipe)
     plan = training_plan(recipe, index)
     plan.part(0, comm.rank, comm.world)
     steps = total_steps(recipe, plan)

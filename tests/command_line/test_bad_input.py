@@ -43,15 +43,23 @@ def jpeg(number: int, side: int = SIZE) -> bytes:
 
 
 def folder_of(
-    folder: Path, image: bytes | None = None, extension: str = "jpg", label: object = 1, without: str | None = None
+    folder: Path,
+    image: bytes | None = None,
+    extension: str = "jpg",
+    label: object = 1,
+    without: str | None = None,
+    without_group: tuple[str, str] | None = None,
 ) -> Path:
     """24 samples of two labels, two genders and three races in two shards.
 
-    image, extension, label: of sample ODD. without: an attribute that no sample has.
+    image, extension, label: of sample ODD. without: an attribute that no sample has. without_group: a gender and a
+    race that no sample has together.
     """
     samples = []
     for number in range(COUNT):
         attributes = {"gender": GENDERS[number // 2 % 2], "race": RACES[number // 4 % 3]}
+        if (attributes["gender"], attributes["race"]) == without_group:
+            attributes["race"] = "White"
         attributes = {name: value for name, value in attributes.items() if name != without}
         metadata = {"label": label if number == ODD else number % 2, "attributes": attributes}
         own = (image, extension) if image and number == ODD else (jpeg(number), "jpg")
@@ -349,10 +357,23 @@ def test_an_attribute_that_an_evaluation_set_lacks(tmp_path, refused):
     assert f"no sample of {data}/near has attribute 'race'" in refused(data=data)
 
 
-def test_a_group_without_training_samples(good, refused):
+def test_a_value_without_training_samples(good, refused):
     error = refused("data.attributes.race=[Asian,Black,White,Indian]")
-    assert f"no training sample of group female/Indian, male/Indian in {good}/train" in error
+    assert f"data.attributes=['race']: no training sample of group Indian in {good}/train" in error
     assert "leave the value out of data.attributes" in error
+
+
+def test_a_group_of_an_intervention_without_training_samples(tmp_path, refused):
+    data = data_set(tmp_path / "data", train={"without_group": ("female", "Asian")})
+    chosen = "+interventions.distribution_alignment={attributes: [gender, race]}"
+    error = refused(chosen, data=data)
+    assert "interventions.distribution_alignment.attributes=['gender', 'race']: no training sample of group " in error
+    assert f"female/Asian in {tmp_path}/data/train" in error
+
+
+def test_an_attribute_of_an_intervention_that_is_not_declared(refused):
+    error = refused("+interventions.distribution_alignment={attributes: [rase]}")
+    assert "data.attributes has no 'rase': did you mean 'race'? (+data.attributes.rase=[] adds it)" in error
 
 
 # Numbers that must divide
