@@ -17,11 +17,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="where results go; default: the run folder")
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     options = parser.parse_intermixed_args(arguments)
-    from dist_fair.engine.launch import check_world, relaunch
+    from dist_fair.engine.launch import check_world, launch_ranks
 
     if options.ranks is not None:
         out = [f"--out={options.out}"] if options.out else []
-        relaunch("evaluate", options.ranks, [options.source, *options.overrides, *out])
+        return launch_ranks("evaluate", options.ranks, [options.source, *options.overrides, *out])
     check_world("evaluate", None)
     from dist_fair.engine.checkpoint import find
     from dist_fair.engine.run_folder import RunFolder

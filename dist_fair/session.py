@@ -88,5 +88,8 @@ class Session:
         for part in self.comm.objects(counts_by_group(index, loader.bad), "bad samples"):
             counts.update(part)
         if counts and self.leader:
+            where = ", ".join(index.folders)
             listed = "; ".join(f"{group}: {count}" for group, count in sorted(counts.items()))
-            say(f"warning: {counts.total()} unreadable samples in {', '.join(index.folders)} ({listed}); {consequence}")
+            say(
+                f"warning: {counts.total()} reads of bad samples in {', '.join(index.folders)} ({listed}); {consequence}"
+            )

@@ -25,10 +25,10 @@ def main(arguments: list[str]) -> int:
 
         print(schema_help())
         return 0
-    from dist_fair.engine.launch import check_world, relaunch
+    from dist_fair.engine.launch import check_world, launch_ranks
 
     if options.ranks is not None:
-        relaunch("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
+        return launch_ranks("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
     from dist_fair.recipe.composition import load
     from dist_fair.recipes import interventions
 

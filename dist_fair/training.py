@@ -58,6 +58,8 @@ class Training(Session):
                 trainer.run(self._batches, scoring, observers)
             self._report_bad(self.loader, self.parts.index,
                              "other samples of the same label and attributes took their place")  # fmt: skip
+        else:
+            say(f"{self.folder.path}: all {trainer.step} steps were done before", self.leader)
         return trainer.step == self.parts.steps
 
     def describe(self) -> str:
@@ -127,7 +129,8 @@ class Training(Session):
                 progress.step(loss=values["loss"], lr=values["learning_rate"],
                               samples_per_second=values["samples_per_second"])  # fmt: skip
                 for name, record in values.get("restructured", {}).items():
-                    say(f"step {step}: {name}: {record}")
+                    told = (f"{key} {value}" for key, value in record.items() if not isinstance(value, dict))
+                    say(f"step {step}: {name}: {', '.join(told)}")
 
             try:
                 yield [observe]

@@ -1,7 +1,6 @@
 """Which ranks there are: checked against what was asked for, and started where asked to."""
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,18 +17,22 @@ HOW = (
 )
 
 
-def relaunch(verb: str, ranks: int, arguments: Sequence[str]) -> None:
-    """Replaces this process by torchrun with `ranks` local ranks of `dist_fair.VERB`. Does not return."""
+def launch_ranks(verb: str, ranks: int, arguments: Sequence[str]) -> int:
+    """Runs `ranks` local ranks of `dist_fair.VERB` under torchrun; the exit code of the first that failed, or 0."""
     if ranks < 1:
         raise DistFairError(f"--ranks {ranks}: at least 1")
     if "RANK" in os.environ:
-        raise DistFairError(
-            f"--ranks {ranks}: this is one of {os.environ.get('WORLD_SIZE')} launched ranks; leave it out"
-        )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    sys.stdout.flush()
+        world = os.environ.get("WORLD_SIZE")
+        raise DistFairError(f"--ranks {ranks}: this is one of {world} launched ranks; leave it out")
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    os.execv(sys.executable, [*command, "-m", f"dist_fair.{verb}", *arguments])
+    try:
+        torchrun(["--standalone", "--nproc_per_node", str(ranks), "-m", f"dist_fair.{verb}", *arguments])
+    except ChildFailedError as error:  # the rank has said why; torch's own account of it says only that it did
+        return error.get_first_failure()[1].exitcode
+    return 0
 
 
 def check_world(verb: str, expected: int | None) -> None:

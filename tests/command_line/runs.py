@@ -25,6 +25,8 @@ QUICK = [
     "detector.arguments={layers: [1, 1, 1, 1], channels: [16, 32, 64, 128]}",
 ]  # fmt: skip
 
+QUICK_WITHOUT_METHODS = [one for one in QUICK if not one.startswith("interventions.")]
+
 
 def draw(folder: Path, count: int, seed: int, per_shard: int = 40) -> None:
     """A folder of shards of coloured noise; fakes have a checkerboard in the middle, fainter in some groups."""

@@ -326,7 +326,7 @@ def test_a_bad_image_is_replaced_in_training_and_left_out_of_evaluation_where_th
     data, _, settings, _ = bad
     code, out, error = train(*settings, "data.bad_samples=substitute", data=data)
     assert (code, error) == (0, "")
-    counted = f"warning: 1 unreadable samples in {data}/%s (fake, gender=male, race=Black: 1); "
+    counted = f"warning: 1 reads of bad samples in {data}/%s (fake, gender=male, race=Black: 1); "
     assert counted % "train" + "other samples of the same label and attributes took their place" in out
     assert counted % "near" + "they were left out of the evaluation" in out
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["near"]["unreadable"] == 1

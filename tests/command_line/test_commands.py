@@ -252,6 +252,14 @@ def test_two_ranks_by_any_launcher_are_the_run_of_one(data, run, tmp_path, launc
     assert done.stdout.count("train 4/4") == 1  # one rank speaks
 
 
+def test_ranks_that_fail_alike_say_so_once_and_the_exit_code_is_theirs(data, tmp_path):
+    launcher = ["-c", "import sys; from dist_fair.cli import main; sys.exit(main())", "train", "--ranks", "2"]
+    done = call(sys.executable, *launcher, "recipe=erm", "train.batch_siz=4", f"out={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.count("did you mean 'train.batch_size'?") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_accelerate_launch_that_would_start_one_rank_says_how_to_start_two(data, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "dist_fair.train"]
     done = call(sys.executable, *launcher, *ERM[1:], f"data={data}", f"out={tmp_path / 'run'}")
