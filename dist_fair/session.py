@@ -90,6 +90,4 @@ class Session:
         if counts and self.leader:
             where = ", ".join(index.folders)
             listed = "; ".join(f"{group}: {count}" for group, count in sorted(counts.items()))
-            say(
-                f"warning: {counts.total()} reads of bad samples in {', '.join(index.folders)} ({listed}); {consequence}"
-            )
+            say(f"warning: {counts.total()} reads of bad samples in {where} ({listed}); {consequence}")
