@@ -207,7 +207,7 @@ def test_evaluate_a_checkpoint_into_a_folder(run, files, tmp_path, monkeypatch):
     assert not np.allclose(*scores)
 
 
-@pytest.mark.parametrize("setting", ["data.image_size=64", "seed=1", "detector.norm=local", "optimizer.lr=1"])
+@pytest.mark.parametrize("setting", ["data.image_size=96", "seed=1", "detector.norm=local", "optimizer.lr=1"])
 def test_evaluate_refuses_settings_of_training(run, files, capsys, setting):
     assert cli.main(["evaluate", str(run), setting]) == 2
     assert setting.partition("=")[0] in capsys.readouterr().err

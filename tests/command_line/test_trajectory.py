@@ -48,6 +48,12 @@ def difference(one, other) -> float:
     return worst
 
 
+def norm_difference(one, other) -> float:
+    """Largest relative difference of the gradient norms of two runs."""
+    left, right = losses(one, "gradient_norm"), losses(other, "gradient_norm")
+    return float(np.abs(left - right).max() / left.max())
+
+
 def predictions(run, name):
     return parquet.read_table(run / "predictions" / f"{name}.parquet").to_pydict()
 
@@ -56,6 +62,8 @@ def predictions(run, name):
 def test_losses_do_not_depend_on_the_number_of_ranks(runs, world):
     assert len(losses(runs / "1")) == 32
     assert difference(runs / "1", runs / str(world)) < TOLERANCE
+    # In fp32 a gradient keeps five digits, against fp64, on one rank too.
+    assert norm_difference(runs / "1", runs / str(world)) < 1e-3
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -110,7 +118,10 @@ def test_stop_and_resume_on_other_ranks_is_the_undisturbed_run(data, runs, tmp_p
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug not in ("tail_repeated", "double_norm_update")])
 def test_a_planted_bug_changes_the_losses(runs, planted, bug):
-    assert difference(runs / "1", planted / bug) > 10 * TOLERANCE
+    # AdamW hides a factor on all gradients from the losses, as it hid it from the authors of these bugs.
+    hidden = bug in ("no_factor", "squared_factor")
+    assert hidden or difference(runs / "1", planted / bug) > 10 * TOLERANCE
+    assert not hidden or norm_difference(runs / "1", planted / bug) > 0.4
 
 
 def test_a_double_update_of_the_norm_changes_the_predictions(runs, planted):
