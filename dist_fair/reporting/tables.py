@@ -200,6 +200,7 @@ def _per_cent(name: str, value: float) -> float:
 
 
 def title(name: str) -> str:
+    """The column head of a number: its name, or what people call it."""
     return TITLES.get(name, name)
 
 
