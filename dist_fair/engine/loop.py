@@ -92,14 +92,15 @@ class Trainer:
         stream = iter(batches(self.step * accumulate, self.rhythm.stop * accumulate))
         self.module.train()
         self.comm.drain()
+        stall: Values = {}
         while self.step < self.rhythm.stop:
             changes = self._restructure(scoring)
-            values = self._step(stream) | changes
-            self.step += 1
-            if self._due():
-                values |= self._save()
+            values = self._step(stream) | changes | stall
+            # Told before it is saved: a run killed in between resumes from before this step and tells it again.
             for observer in observers:
-                observer(self.step - 1, values)
+                observer(self.step, values)
+            self.step += 1
+            stall = self._save() if self._due() else {}
 
     def _step(self, stream: Iterator[Batch]) -> Values:
         began = time.perf_counter()
@@ -173,6 +174,7 @@ class Trainer:
         return self.step == self.rhythm.stop or (every is not None and self.step % every == 0)
 
     def _save(self) -> Values:
+        """Writes a checkpoint; how long all ranks waited for it is told with the next step."""
         began = time.perf_counter()
         if self.comm.rank == 0:
             model = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
