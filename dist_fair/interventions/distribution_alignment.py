@@ -29,8 +29,7 @@ class DistributionAlignment(Intervention):
 
     support: grid     kernel densities on a grid. The kernel sums add over ranks: 2 (G + 1)(m + 1) floats on the wire.
              samples  the empirical distributions; gathers 3 floats per sample. n x n costs per group and class.
-    From the predictions on everything is fp64: at epsilon 5e-4 the fp32 gradient is off by up to 6e-4, by amounts that
-    depend on how the batch was split, and 40 steps of AdamW made 1e-4 of the loss of that.
+    From the predictions on everything is fp64: at epsilon 5e-4 the fp32 gradient was off by up to 6e-4, by rounding.
     A (group, class) without samples is left out; without any the loss is 0 and so are its gradients.
     Term: distribution_alignment.
     """
