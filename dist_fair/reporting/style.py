@@ -1,0 +1,85 @@
+"""How every figure looks, and how it is written: legible in print at page width, in colours that all eyes tell apart.
+
+matplotlib is imported when something is drawn, and never through pyplot: a figure is an object that nobody else holds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_fair.data.storage import replacing
+from dist_fair.errors import DistFairError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), without their yellow, which is too light for a line on white; black is for what is not a group.
+COLOURS: tuple[str, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+BLACK, GREY, PALE = "#000000", "#767676", "#D9D9D9"
+
+WIDTH = 6.8  # inches: the text width of a paper's page
+DPI = 200
+LOOK = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure has the same bytes on every machine
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "text.parse_math": False,  # a group may be called "$"
+    "svg.hashsalt": "dist_fair",  # else the ids of an SVG are random
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The look, for all that is drawn inside; as a decorator, for a function that draws."""
+    import matplotlib
+
+    with matplotlib.rc_context(LOOK):
+        yield
+
+
+@styled()
+def figure(width: float = WIDTH, height: float = 3.0, **subplots_arguments) -> tuple:
+    """A figure of width x height inches and what its `subplots` gives for the further arguments: (Figure, axes).
+
+    Nothing overlaps or is cut off: axes make room for texts, and for a legend made by
+    `figure.legend(loc="outside lower center")`. Texts added later have the look inside `styled()`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(drawing)
+    return drawing, drawing.subplots(**subplots_arguments)
+
+
+@styled()
+def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
+    """Writes FOLDER/NAME.png and FOLDER/NAME.svg and returns their paths. The same figure gives the same bytes.
+
+    Raises DistFairError where a file cannot be written.
+    """
+    written = []
+    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        path = folder / f"{name}.{form}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                figure.savefig(file, format=form, dpi=DPI, metadata=metadata)
+        except OSError as error:
+            raise DistFairError(f"{path} cannot be written: {error.strerror or error}") from error
+        written.append(path)
+    return written
