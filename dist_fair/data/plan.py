@@ -105,6 +105,14 @@ class TrainingPlan:
         """All index rows that any tape holds, ascending, int64."""
         return np.unique(np.concatenate([tape.members for tape in self._tapes]))
 
+    @property
+    def frequencies(self) -> np.ndarray:
+        """How often each index row is drawn, as a part of all draws, (N,) fp64: a tape's samples share B_k / B."""
+        frequencies = np.zeros(len(self.index))
+        for tape, part in zip(self._tapes, self.parts, strict=True):
+            frequencies[tape.members] += part / self.batch_size / len(tape)
+        return frequencies
+
     def __getitem__(self, step: int) -> Selection:
         """The global micro-batch `step`, counted from 0, in canonical order."""
         return self.part(step, 0, 1)

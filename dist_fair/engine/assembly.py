@@ -129,16 +129,16 @@ def assemble(recipe: Recipe, comm: Communicator) -> Parts:
     plan = training_plan(recipe, index)
     plan.part(0, comm.rank, comm.world)
     steps = total_steps(recipe, plan)
-    return Parts(index, plan, steps, build_module(recipe, index, steps, comm))
+    return Parts(index, plan, steps, build_module(recipe, plan, steps, comm))
 
 
-def build_module(recipe: Recipe, index: Index, steps: int, comm: Communicator) -> TrainingModule:
+def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communicator) -> TrainingModule:
     """Detector and interventions of a recipe, initialised from the seed."""
     torch.manual_seed(keyed.integer(recipe.seed, "detector"))
     chosen = recipe.detector
     detector = build_detector(chosen.name, chosen.pretrained, chosen.norm, chosen.arguments, comm)
     torch.manual_seed(keyed.integer(recipe.seed, "interventions"))
-    facts = Facts(index=index, seed=recipe.seed, steps=steps, channels=detector.channels)
+    facts = Facts(plan.index, plan.frequencies, seed=recipe.seed, steps=steps, channels=detector.channels)
     settings: dict[str, Settings] = recipe.interventions
     interventions, width = build(settings, facts, detector.features)
     if not any(part.terms for part in interventions.values()):

@@ -132,12 +132,11 @@ class Trainer:
     def _read(self, history: list[tuple[Batch, Losses]], norm: torch.Tensor | float) -> Values:
         """Means over micro-batches as Python numbers: the step's only wait for the device."""
         every = [losses for _, losses in history]
-        names = [name for name, value in every[0].terms.items() if value is not None]
-        columns = [[losses.loss.detach(), *(losses.terms[name] for name in names)] for losses in every]
+        names = [name for name, value in every[0].numbers.items() if value is not None]
+        columns = [[losses.loss.detach(), *(losses.numbers[name] for name in names)] for losses in every]
         table = torch.stack([torch.stack([value.double() for value in row]) for row in columns]).mean(dim=0)
-        loss, *terms = table.tolist()
-        values: Values = {"loss": loss} | {f"loss/{name}": None for name in every[0].terms}
-        values |= {f"loss/{name}": value for name, value in zip(names, terms, strict=True)}
+        loss, *numbers = table.tolist()
+        values: Values = {"loss": loss} | dict.fromkeys(every[0].numbers) | dict(zip(names, numbers, strict=True))
         values["gradient_norm"] = float(norm)
         return values
 

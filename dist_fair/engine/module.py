@@ -19,12 +19,12 @@ from dist_fair.interventions.base import Intervention, Summary, exchange
 class Losses:
     """What a forward pass gives.
 
-    loss: the scalar to differentiate, equal on all ranks. terms: each term before its weight; None while that is 0.
-    logits: (B, 2) of this rank's rows, detached.
+    loss: the scalar to differentiate, equal on all ranks. numbers: what there is to log: `loss/TERM`, each term before
+    its weight, and each measure by its name; None while the weight is 0. logits: (B, 2) of this rank's rows, detached.
     """
 
     loss: torch.Tensor
-    terms: dict[str, torch.Tensor | None]
+    numbers: dict[str, torch.Tensor | None]
     logits: torch.Tensor
 
 
@@ -66,9 +66,9 @@ class TrainingModule(nn.Module):
             name: self.interventions[name].summarise(outputs, batch, weights) for name in active
         }
         summaries = {name: summary for name, summary in summaries.items() if summary}
-        loss, terms = self._objectives(exchange(summaries, self.comm, batch.sizes), active)
+        loss, numbers = self._objectives(exchange(summaries, self.comm, batch.sizes), active)
         # A recipe may train on terms that this rank's rows do not reach; the graph must hold every parameter anyway.
-        return Losses(loss + 0.0 * outputs.logits.sum(), terms, outputs.logits.detach())
+        return Losses(loss + 0.0 * outputs.logits.sum(), numbers, outputs.logits.detach())
 
     @torch.no_grad()
     def score(self, batch: Batch) -> torch.Tensor:
@@ -79,14 +79,14 @@ class TrainingModule(nn.Module):
         self, summaries: dict[str, dict[str, torch.Tensor]], active: dict[str, float]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         loss: torch.Tensor | float = 0.0
-        terms: dict[str, torch.Tensor | None] = {}
-        for name in self.interventions:
-            terms.update(dict.fromkeys(self.interventions[name].terms))
-            found = self.interventions[name].objective(summaries[name]) if name in summaries else {}
-            for term, value in found.items():
-                loss = loss + active[name] * value
-                terms[term] = value.detach()
-        return torch.as_tensor(loss), terms
+        numbers: dict[str, torch.Tensor | None] = {}
+        for name, part in self.interventions.items():
+            found = part.objective(summaries.get(name, {})) if name in active else {}
+            for term in part.terms:
+                numbers[f"loss/{term}"] = found[term].detach() if found else None
+                loss = loss + active[name] * found[term] if found else loss
+            numbers |= {measure: found[measure].detach() if found else None for measure in part.measures}
+        return torch.as_tensor(loss), numbers
 
     def _chosen(self) -> list[Intervention]:
         return list(self.interventions.values())

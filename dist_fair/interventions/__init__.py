@@ -1,5 +1,10 @@
 """What makes a detector fair, one file each. Importing this package registers them all."""
 
-from dist_fair.interventions import channel_decoupling, cross_entropy, distribution_alignment
+from dist_fair.interventions import (
+    channel_decoupling,
+    cross_entropy,
+    distribution_alignment,
+    inverse_propensity,
+)
 
-__all__ = ["channel_decoupling", "cross_entropy", "distribution_alignment"]
+__all__ = ["channel_decoupling", "cross_entropy", "distribution_alignment", "inverse_propensity"]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -70,10 +71,13 @@ class Weighted(Settings):
 class Facts:
     """What is known before the first step.
 
-    index: the training data, sample by sample. seed, steps: of the run. channels: C of the feature map.
+    index: the training data, sample by sample. frequencies: (N,) fp64, how often each of its samples is drawn, as a
+    part of all draws of the run (they sum to 1): the tapes may leave samples out or draw some more often than others.
+    seed, steps: of the run. channels: C of the feature map.
     """
 
     index: Index
+    frequencies: np.ndarray
     seed: int
     steps: int
     channels: int
@@ -92,9 +96,11 @@ class Intervention(nn.Module):
 
     width: the number of features that leave `transform`, given those that enter.
     terms: the names of the terms that `objective` gives, so that a log has a place for them while their weight is 0.
+    measures: the names of further numbers that `objective` gives, which are logged and do not enter the loss.
     """
 
     terms: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type[Settings]] = Settings
     settings: Settings
 
@@ -125,7 +131,11 @@ class Intervention(nn.Module):
         return {}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Named scalar terms from the global summary; each is multiplied by `weight` in the loss."""
+        """Named scalars from the global summary, `terms` and `measures`; a term is multiplied by `weight` in the loss.
+
+        An objective of parameters alone has no summary. It is the same on every rank, so the mean of the W equal
+        gradients is its gradient: no factor there either.
+        """
         return {}
 
     def restructure(

@@ -18,14 +18,19 @@ REDUCTIONS = ("mean", "class_balanced")
 class CrossEntropy(Intervention):
     """Cross-entropy of logits (B, 2) with labels (B,), samples weighted by w.
 
-        mean             sum_i w_i l_i / sum_i w_i
-        class_balanced   sum over c of  sum_{y_i = c} w_i l_i / sum_{y_i = c} w_i
+        mean             sum_i w_i l_i / B                                     E[w l] of DAID, eq. 12
+        class_balanced   sum over c of  sum_{y_i = c} w_i l_i / #{y_i = c}     L_cls of SFD + GDA (CVPR 2026)
 
-    The second is L_cls = C(h(z_r), y_r) + C(h(z_f), y_f) of SFD + GDA (CVPR 2026): the mean over the reals *plus* the
-    mean over the fakes. A class that the global batch lacks contributes 0. Term: cross_entropy.
+    The second is the mean over the reals *plus* the mean over the fakes; a class that the global batch lacks
+    contributes 0. Samples are counted, not their weights: dividing by the sum of a batch's weights would undo the
+    weighting in batches of one group, and by the more the smaller they are. Term: cross_entropy.
+
+    Measure: cross_entropy_at_chance, what the best constant prediction would have got on this batch. A loss that stays
+    there has learned nothing.
     """
 
     terms = ("cross_entropy",)
+    measures = ("cross_entropy_at_chance",)
 
     @dataclass
     class Settings(Weighted):
@@ -41,18 +46,17 @@ class CrossEntropy(Intervention):
     settings: Settings
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
-        """Per class, (2, 2): sums of w l and of w."""
+        """Per class, (2, 3): sums of w l, of w and of 1."""
         logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
         losses = functional.cross_entropy(logits, batch.labels, reduction="none")
         weights = weights.to(losses)
-        terms = torch.stack([weights * losses, weights], dim=1)
-        return {"classes": Sum(terms.new_zeros(2, 2).index_add(0, batch.labels, terms))}
+        columns = torch.stack([weights * losses, weights, torch.ones_like(losses)], dim=1)
+        return {"classes": Sum(columns.new_zeros(2, 3).index_add(0, batch.labels, columns))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        classes = summary["classes"]
+        losses, weights, counts = summary["classes"].unbind(1)
         if self.settings.reduction == "mean":
-            classes = classes.sum(0, keepdim=True)
-        losses, weights = classes.unbind(1)
-        present = weights > 0
-        means = torch.where(present, losses / torch.where(present, weights, 1), 0 * losses)
-        return {"cross_entropy": means.sum()}
+            counts = counts.sum().expand(2)
+        losses, masses = losses / counts.clamp_min(1), weights / counts.clamp_min(1)
+        chance = -torch.xlogy(masses, masses / masses.sum().clamp_min(torch.finfo(masses.dtype).tiny)).sum()
+        return {"cross_entropy": losses.sum(), "cross_entropy_at_chance": chance}

@@ -178,6 +178,16 @@ def test_shares_and_filters():
     assert "tape women: 30 samples, 24 a micro-batch" in plan.describe()
 
 
+def test_frequencies_are_how_often_samples_are_drawn():
+    index = bare_index([10, 14], labels=[0] * 16 + [1] * 8)
+    tapes = [TapeSpec("real", 0, share=1), TapeSpec("fake", 1, share=3)]
+    plan = TrainingPlan(index, tapes, 16, lanes=4, window=3, seed=1)
+    drawn = np.bincount(np.concatenate([plan[t].samples for t in range(40)]), minlength=24)
+    np.testing.assert_array_equal(drawn, 40 * 16 * plan.frequencies)  # 10 epochs of the reals, 60 of the fakes
+    reals = TrainingPlan(index, tapes[:1], 4).frequencies
+    np.testing.assert_array_equal(reals, np.where(np.arange(24) < 16, 1 / 16, 0))
+
+
 def test_default_lanes():
     assert default_lanes([64], [1000]) == 64
     assert default_lanes([256], [1000]) == 64

@@ -33,7 +33,7 @@ def build(case, channels=0, steps=100):
     name, settings = CASES[case] if isinstance(case, str) else case
     kind = registered()[name]
     columns = {key: Column(values, np.zeros(0, np.int32)) for key, values in VOCABULARY.items()}
-    facts = Facts(SimpleNamespace(attributes=columns), seed=5, steps=steps, channels=channels)
+    facts = Facts(SimpleNamespace(attributes=columns), np.zeros(0), seed=5, steps=steps, channels=channels)
     return kind(kind.Settings(**settings), facts, 4)
 
 

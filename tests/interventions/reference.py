@@ -21,13 +21,13 @@ def groups(attributes, names, vocabulary):
 
 
 def cross_entropy(logits, labels, weights, reduction):
-    """Weighted mean, or SFD's L_cls: the weighted mean over reals plus the one over fakes."""
+    """DAID's E[w l], or SFD's L_cls: the mean over reals plus the one over fakes."""
     parts = [range(len(labels))] if reduction == "mean" else [rows_of(labels, c) for c in KINDS]
     total = 0.0 * logits.sum()
     for rows in parts:
         if len(rows):
             losses = [-torch.log_softmax(logits[i], 0)[int(labels[i])] * weights[i] for i in rows]
-            total = total + sum(losses) / sum(weights[i] for i in rows)
+            total = total + sum(losses) / len(rows)
     return total
 
 

@@ -13,8 +13,8 @@ def by_parts(intervention, whole, logits, weights, sizes):
     summaries = [
         intervention.summarise(outputs(logits[rows]), whole.rows(rows, sizes), weights[rows]) for rows in parts(sizes)
     ]
-    (term,) = intervention.objective(combine(summaries)).values()
-    return term
+    (term,) = intervention.terms
+    return intervention.objective(combine(summaries))[term]
 
 
 def value_and_gradient(function, logits):

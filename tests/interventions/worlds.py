@@ -34,7 +34,8 @@ def step(comm, case, sizes, bug=None):
     bug = BUGS.get(bug, nothing)
     scale = bug(comm, intervention) or 1.0
     summary = intervention.summarise(outputs(model(features[rows])), whole.rows(rows, sizes), weights[rows])
-    (term,) = intervention.objective(base.exchange({"it": summary}, comm, sizes)["it"]).values()
+    (name,) = intervention.terms
+    term = intervention.objective(base.exchange({"it": summary}, comm, sizes)["it"])[name]
     (term * scale).backward()
     gradients = []
     for parameter in model.parameters():
@@ -131,11 +132,10 @@ def local_counts(comm, intervention):
 
     def half(self, tensor, name):
         whole = reduce(self, tensor, name)
-        kept = 14 if tensor.numel() > 4 else 2  # counts come last: (G + 1, 2); or every second number: (2, 2)
         mask = torch.zeros_like(tensor)
-        mask[-kept:] = 1
-        if tensor.numel() == 4:
-            mask = torch.tensor([0, 1, 0, 1]).to(tensor)
+        mask[-14:] = 1  # counts come last, (G + 1, 2)
+        if tensor.numel() == 6:  # or are every third number, (2, 3)
+            mask = torch.tensor([0, 0, 1]).to(tensor).repeat(2)
         return torch.where(mask > 0, tensor, whole)
 
     Communicator.replicated_sum = half
