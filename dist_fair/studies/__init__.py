@@ -1,0 +1,1 @@
+"""Questions asked of trained detectors; each study reads what runs leave behind, and makes the runs it lacks."""
