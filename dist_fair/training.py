@@ -15,6 +15,7 @@ from dist_fair.errors import DistFairError, on_all_ranks
 from dist_fair.recipe.composition import read
 from dist_fair.recipe.resolved import Resolved, differences, flatten
 from dist_fair.recipes import interventions
+from dist_fair.reporting.chance import ChanceWatch
 from dist_fair.reporting.progress import Progress, say
 from dist_fair.reporting.wandb_log import WandbLog
 from dist_fair.session import Session
@@ -133,7 +134,7 @@ class Training(Session):
                     say(f"step {step}: {name}: {', '.join(told)}")
 
             try:
-                yield [observe]
+                yield [observe, ChanceWatch(self.parts.steps)]
             finally:
                 log.close()
 
