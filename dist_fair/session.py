@@ -20,6 +20,7 @@ from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import on_all_ranks
 from dist_fair.recipe.resolved import Resolved
 from dist_fair.reporting.progress import Progress, say
+from dist_fair.reporting.side_by_side import write_up
 from dist_fair.reporting.tables import evaluation_table
 
 
@@ -54,19 +55,33 @@ class Session:
                 self._reader(index).check()
         return indexes
 
-    def evaluate(self, tests: Mapping[str, Index], source: str) -> dict[str, dict]:
+    def evaluate(self, tests: Mapping[str, Index], checkpoint: str) -> dict[str, dict]:
         """Scores and judges data sets, writes what a run leaves behind, prints the table; reports on the leader.
 
-        source: the name of the checkpoint whose weights these are.
+        checkpoint: the name of the one whose weights these are.
         """
         total, bootstrap = sum(len(index) for index in tests.values()), self.recipe.evaluation.bootstrap
         with Progress(total, "evaluate", self.leader, self.recipe.log.every, unit="samples") as progress:
             reports = evaluate_all(self.module, tests, self._test_batches, self.folder, bootstrap=bootstrap,
-                                   seed=self.recipe.seed, source=source, observe=progress.step)  # fmt: skip
+                                   seed=self.recipe.seed, source=self.source(checkpoint),
+                                   observe=progress.step)  # fmt: skip
         if self.leader and reports:
             say(evaluation_table(reports))
-            say(f"evaluation.json and predictions/ lie in {self.folder.path.resolve()}")
+            self._write_up(reports)
         return reports
+
+    def source(self, checkpoint: str) -> dict[str, str]:
+        """Whose numbers an evaluation of that checkpoint gives: what evaluation.json says of each data set."""
+        return {"checkpoint": checkpoint, "recipe": self.resolved.fingerprint()[:12]}
+
+    def _write_up(self, reports: Mapping[str, dict]) -> None:
+        """Tables and figures. The numbers are on disk by now: a failure here must not end the run."""
+        where = f"evaluation.json and predictions/ lie in {self.folder.path.resolve()}"
+        try:
+            write_up(self.folder.path, [*reports])
+            say(f"evaluation.md, figures/, {where}")
+        except Exception as error:
+            say(f"warning: no tables and figures ({type(error).__name__}: {error}); {where}")
 
     def _reader(self, index: Index) -> Reader:
         data = self.recipe.data

@@ -72,13 +72,14 @@ def evaluate_all(
     *,
     bootstrap: int,
     seed: int,
-    source: str,
+    source: Mapping[str, str],
     observe: Callable[[int], None],
 ) -> dict[str, dict]:
     """Scores and judges each data set; rank 0 writes predictions/NAME.parquet and evaluation.json.
 
-    evaluation.json keeps what it has of other data sets. source: the checkpoint's name, told in each report. observe:
-    as for `score`. Returns the report of each data set on rank 0, {} elsewhere.
+    evaluation.json keeps what it has of other data sets. source: whose numbers these are, told in each report:
+    {"checkpoint": its name, "recipe": fingerprint}. observe: as for `score`. Returns the report of each data set on
+    rank 0, {} elsewhere.
     """
     comm, reports = module.comm, {}
     for name, index in indexes.items():
@@ -87,12 +88,11 @@ def evaluate_all(
         if comm.rank == 0:
             found.write(folder.predictions(name))
             values = {attribute: column.values for attribute, column in index.attributes.items()}
-            extra = {"checkpoint": source, "unreadable": len(index) - len(found)}
+            extra = {**source, "unreadable": len(index) - len(found)}
             reports[name] = extra | evaluate(found, values, bootstrap, seed)
         comm.barrier("evaluation")
     if comm.rank == 0:
-        before = json.loads(folder.evaluation.read_text()) if folder.evaluation.is_file() else {}
-        write_text(folder.evaluation, json.dumps(before | reports, indent=1, allow_nan=False) + "\n")
+        write_text(folder.evaluation, json.dumps(folder.reports() | reports, indent=1, allow_nan=False) + "\n")
     return reports
 
 

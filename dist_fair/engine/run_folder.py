@@ -1,8 +1,8 @@
-"""The folder a run leaves behind: recipe.yaml, metrics.jsonl, checkpoints/, evaluation.json, predictions/."""
+"""The folder a run leaves behind: recipe.yaml, metrics.jsonl, checkpoints/, evaluation.json, predictions/, figures/."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dist_fair.errors import DistFairError
@@ -37,6 +37,36 @@ class RunFolder:
     def predictions(self, dataset: str) -> Path:
         """Scores of one data set."""
         return self.path / "predictions" / f"{dataset}.parquet"
+
+    @property
+    def figures(self) -> Path:
+        """Pictures of the evaluation."""
+        return self.path / "figures"
+
+    def reports(self) -> dict[str, dict]:
+        """What evaluation.json says, by data set; {} where there is none. Raises DistFairError for a damaged one."""
+        if not self.evaluation.is_file():
+            return {}
+        try:
+            reports = json.loads(self.evaluation.read_text())
+            if not all(isinstance(report, dict) and "samples" in report for report in reports.values()):
+                raise ValueError("not the reports of an evaluation")
+        except (OSError, ValueError, AttributeError) as error:
+            raise DistFairError(f"{self.evaluation} cannot be read ({error}): remove it and evaluate again") from None
+        return reports
+
+    def refuse_mixture(self, source: Mapping[str, str], datasets: Collection[str]) -> None:
+        """Raises DistFairError if numbers that would stay beside those of `datasets` are not from the same `source`.
+
+        source: as for `engine.evaluation.evaluate_all`.
+        """
+        for name, report in self.reports().items():
+            if name not in datasets and any(report.get(key) != value for key, value in source.items()):
+                held = f"{report.get('checkpoint')} of recipe {report.get('recipe')}"
+                raise DistFairError(
+                    f"{self.evaluation} has numbers of {held} on {name}, and these would be of {source['checkpoint']} "
+                    f"of recipe {source['recipe']}: choose another --out, or evaluate {name} too (data.eval=[...])"
+                )
 
     def begin(self, recipe_yaml: str) -> None:
         """Makes the folder and stores the recipe. The caller has checked that the folder may be used."""
