@@ -17,7 +17,7 @@ from dist_fair.engine.run_folder import write_text
 from dist_fair.reporting.style import BLACK, COLOURS, GREY, figure, save, styled
 from dist_fair.reporting.tables import markdown
 
-HEADLINE = ("dataset", "ACE", "95 % interval", "p", "p smoothed", "mu_0", "ACE by capacity; Skew F=0 → F=1")
+HEADLINE = ("dataset", "ACE", "95 % interval", "p", "p smoothed", "mu_0", "ACE by capacity", "Skew, F=0 → F=1")
 CELLS = ("capacity", "stratum", "n", "AUC F=0", "AUC F=1", "difference", "95 % interval", "P")
 CSV = ("n", "n_real", "n_fake", "P", "AUC_0", "AUC_1", "difference")
 DEFINITIONS = (
@@ -84,7 +84,7 @@ def interpretation(report: Report) -> str:
     way = "higher" if low > 0 else "lower"
     if manipulated(report):
         return f"{told}: the AUC is {way} under the fairer regime."
-    return f"{told}: the AUC is {way} under F=1, but not because of fairness, which did not rise."
+    return f"{told}: the AUC is {way} under F=1, which was not fairer at every capacity, so no effect of fairness."
 
 
 def draws(report: Report) -> str:
@@ -124,7 +124,7 @@ class AceTable:
 
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for place, name in enumerate(HEADLINE):
-            table.add_column(name, justify="left" if place in (0, len(HEADLINE) - 1) else "right")
+            table.add_column(name, justify="left" if place in (0, 6, 7) else "right")
         for row in _headline(self.results, "\n"):
             table.add_row(*row)
         yield table
@@ -141,10 +141,8 @@ class AceTable:
 def ace_markdown(runs: Mapping[str, str], results: Results) -> str:
     """The page ace.md: the headline, then each dataset with its sentences, figure and cells."""
     listed = "\n".join(f"- {model}: `{run}`" for model, run in runs.items())
-    parts = [
-        "# Average causal effect of fairness on AUC\n",
-        markdown(HEADLINE, _headline(results, "<br>"), ("dataset",)),
-    ]
+    rows = _headline(results, "<br>")
+    parts = ["# Average causal effect of fairness on AUC\n\n", markdown(HEADLINE, rows, left=("dataset",))]
     parts += [f"\n{note}\n" for note in (*DEFINITIONS, SEEDS)]
     parts.append(f"\nRuns (capacity/regime):\n\n{listed}\n")
     for dataset, report in results.items():
@@ -171,11 +169,12 @@ def _headline(results: Results, between: str) -> list[list[str]]:
     rows = []
     for dataset, report in results.items():
         bootstrap = report["bootstrap"]
-        capacities = between.join(f"{mc} {_points(found['ACE'])}; {_skews('', found)}"
-                                  for mc, found in report["capacities"].items())  # fmt: skip
+        capacities = report["capacities"].items()
+        effects = between.join(f"{mc} {_points(found['ACE'])}" for mc, found in capacities)
+        skews = between.join(_skews(mc, found) for mc, found in capacities)
         rows.append([dataset, _points(report["ACE"]), _interval(bootstrap["interval"]),
                      p_text(bootstrap["p_unsmoothed"], bootstrap["replicates"]), p_text(bootstrap["p_smoothed"]),
-                     f"{100 * report['mu_0']:.1f}", capacities])  # fmt: skip
+                     f"{100 * report['mu_0']:.1f}", effects, skews])  # fmt: skip
     return rows
 
 
@@ -202,7 +201,7 @@ def _interval(bounds) -> str:
 
 def _skews(capacity: str, found: Mapping) -> str:
     plain, fair = found["skew"]
-    return f"{capacity} {plain:.2f} → {fair:.2f}".lstrip()
+    return f"{capacity} {plain:.2f} → {fair:.2f}"
 
 
 def _fell(found: Mapping) -> bool:
@@ -213,21 +212,27 @@ def _fell(found: Mapping) -> bool:
 # The picture
 
 
+def _minus(text: str) -> str:
+    """Numbers as the axes write them."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
 @styled()
 def ace_figure(dataset: str, report: Report):
     """The bootstrap distribution of ACE, with the point, the interval and zero, in percentage points."""
     drawing, axes = figure(width=4.2, height=2.4)
-    bootstrap, ace = report["bootstrap"], 100 * report["ACE"]
+    bootstrap = report["bootstrap"]
     values = 100 * np.array([value for value in bootstrap["values"] if value is not None])
     if len(values):
-        low, high = 100 * np.array(bootstrap["interval"])
-        axes.axvspan(low, high, color=COLOURS[0], alpha=0.13, linewidth=0, label=f"95 % [{low:+.2f}, {high:+.2f}]")
+        bounds = bootstrap["interval"]
+        axes.axvspan(*(100 * bound for bound in bounds), color=COLOURS[0], alpha=0.13, linewidth=0,
+                     label=f"95 % {_minus(_interval(bounds))}")  # fmt: skip
         axes.hist(values, bins=40, color=COLOURS[0], alpha=0.8, edgecolor="white", linewidth=0.3)
-    axes.axvline(ace, color=COLOURS[1], label=f"ACE {ace:+.2f}")
+    axes.axvline(100 * report["ACE"], color=COLOURS[1], label=f"ACE {_minus(_points(report['ACE']))}")
     axes.axvline(0, color=BLACK, linestyle="--", linewidth=1, label="no effect")
     axes.set_xlabel("ACE (percentage points of AUC)")
     axes.set_ylabel(f"replicates (of {bootstrap['replicates']:,})")
-    axes.set_title(dataset, loc="left")
+    axes.set_title(dataset if manipulated(report) else f"{dataset}: F=1 was not fairer at every capacity", loc="left")
     axes.tick_params(axis="y", color=GREY)
     drawing.legend(loc="outside lower center", ncols=3)
     return drawing
