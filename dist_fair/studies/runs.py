@@ -217,7 +217,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
     """Ends processes: asked first, killed after GRACE seconds. They resume from their last checkpoints."""
     if not processes:
         return
-    say(f"stopping {len(processes)} runs; they go on from their last checkpoints when started again")
+    say(f"stopping what runs ({len(processes)}); it goes on from its last checkpoints when started again")
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + GRACE
