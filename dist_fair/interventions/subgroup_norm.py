@@ -125,8 +125,9 @@ class SubgroupNorm(Intervention):
             return features
         with torch.autocast(features.device.type, enabled=False):
             h = features.double()
-            moments = self._batch_moments(h, batch, comm) if self.training else self._running_moments(batch)
-            normalised = (h - moments.mean) / (moments.variance + self.settings.epsilon).sqrt()
+            members, table = self._of_batch(h, batch, comm) if self.training else self._of_run(h, batch)
+            scale = (table.variance + self.settings.epsilon).rsqrt()
+            normalised = (h - members @ table.mean) * (members @ scale)
         return normalised.to(torch.promote_types(features.dtype, torch.float32))
 
     def mixture(self) -> Moments:
@@ -139,23 +140,28 @@ class SubgroupNorm(Intervention):
         spread = self.running_variance + (self.running_mean - mean) ** 2
         return Moments(mean, (parts * spread).sum(0, keepdim=True))
 
-    def _batch_moments(self, h: torch.Tensor, batch: Batch, comm: Communicator) -> Moments:
-        """What each row is normalised by in training, (B, d); moves the running moments."""
+    def _members(self, h: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(B, G + 1) ones and zeros; the last column is that of unknown groups.
+
+        Products with it sum over groups and look groups up: deterministic on GPUs, unlike index_add.
+        """
         codes = self.groups.codes(batch.attributes)
-        rows = torch.where(codes < 0, len(self.groups), codes)
-        # Sums and look-ups as products with (B, G + 1) ones and zeros: deterministic on GPUs, unlike index_add.
-        members = (rows[:, None] == torch.arange(len(self.groups) + 1, device=h.device)).to(h)
-        shift = self.mixture().mean
-        local = members.T @ torch.cat([torch.ones_like(h[:, :1]), h - shift, (h - shift) ** 2], dim=1)
+        columns = torch.where(codes < 0, len(self.groups), codes)
+        return (columns[:, None] == torch.arange(len(self.groups) + 1, device=h.device)).to(h)
+
+    def _of_batch(self, h: torch.Tensor, batch: Batch, comm: Communicator) -> tuple[torch.Tensor, Moments]:
+        """Who belongs where (B, G + 1), and what normalises there in training; moves the running moments."""
+        members, shift = self._members(h, batch), self.mixture().mean
+        x = h - shift
+        local = torch.cat([members.sum(0)[:, None], members.T @ x, members.T @ (x * x)], dim=1)
         add = comm.sum if self.settings.detach else comm.shared_sum
         sums = add(local, "subgroup_norm")
         counts, groups = _from_sums(sums, shift)
         _, whole = _from_sums(sums.sum(0, keepdim=True), shift)
-        self._track(counts[:-1], Moments(groups.mean[:-1].detach(), groups.variance[:-1].detach()))
+        self._track(counts[:-1], Moments(groups.mean[:-1], groups.variance[:-1]))
         part = counts / counts.clamp_min(max(self.settings.minimum, 1))
         part[-1] = 0  # of unknown group: the whole batch
-        used = groups.joined(whole, part)
-        return Moments(members @ used.mean, members @ used.variance)
+        return members, groups.joined(whole, part)
 
     @torch.no_grad()
     def _track(self, counts: torch.Tensor, groups: Moments) -> None:
@@ -167,16 +173,16 @@ class SubgroupNorm(Intervention):
         self.running_variance.copy_(joined.variance)
         self.running_count.copy_(torch.where(counts > 0, old + counts, self.running_count))
 
-    def _running_moments(self, batch: Batch) -> Moments:
-        """What each row is normalised by in evaluation, (1, d) or (B, d)."""
+    def _of_run(self, h: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Moments]:
+        """The same in evaluation; for the mixture all rows belong to one population."""
         mixture = self.mixture()
         if self.settings.inference == "mixture":
-            return mixture
-        codes, seen = self.groups.codes(batch.attributes), self.running_count > 0
-        # Code -1, unknown, is the last row.
-        mean = torch.cat([torch.where(seen, self.running_mean, mixture.mean), mixture.mean])
-        variance = torch.cat([torch.where(seen, self.running_variance, mixture.variance), mixture.variance])
-        return Moments(mean[codes], variance[codes])
+            return torch.ones_like(h[:, :1]), mixture
+        seen = self.running_count > 0
+        mean = torch.where(seen, self.running_mean, mixture.mean)
+        variance = torch.where(seen, self.running_variance, mixture.variance)
+        table = Moments(torch.cat([mean, mixture.mean]), torch.cat([variance, mixture.variance]))
+        return self._members(h, batch), table
 
 
 def _from_sums(sums: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, Moments]:
