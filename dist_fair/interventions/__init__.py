@@ -5,6 +5,17 @@ from dist_fair.interventions import (
     cross_entropy,
     distribution_alignment,
     inverse_propensity,
+    low_rank_projection,
+    pair_alignment,
+    subgroup_norm,
 )
 
-__all__ = ["channel_decoupling", "cross_entropy", "distribution_alignment", "inverse_propensity"]
+__all__ = [
+    "channel_decoupling",
+    "cross_entropy",
+    "distribution_alignment",
+    "inverse_propensity",
+    "low_rank_projection",
+    "pair_alignment",
+    "subgroup_norm",
+]

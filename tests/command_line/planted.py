@@ -12,6 +12,8 @@ import torch
 from dist_fair import collectives, train
 from dist_fair.data import loading, plan
 from dist_fair.detectors import norm
+from dist_fair.interventions.inverse_propensity import InversePropensity
+from dist_fair.interventions.subgroup_norm import SubgroupNorm
 
 
 def no_factor():
@@ -103,17 +105,56 @@ def tail_repeated():
     return mock.patch.object(plan.EvaluationPlan, "__getitem__", repeated)
 
 
-BUGS = {bug.__name__: bug for bug in (
-    no_factor, squared_factor, local_statistics, detached_norm, local_norm, double_norm_update, per_rank_mask,
-    order_by_rank, augmented_by_rank, tail_repeated,
-)}  # fmt: skip
+def local_moments():
+    """Subgroup norm by the moments of each rank's own rows, as every single-GPU code does under DDP."""
+    return mock.patch.object(collectives.Communicator, "shared_sum", lambda self, tensor, name: tensor)
+
+
+def detached_moments():
+    """Global moments without a gradient: dist.all_reduce as it comes."""
+    return mock.patch.object(collectives.Communicator, "shared_sum", collectives.Communicator.sum)
+
+
+def moments_without_others():
+    """The gradient through the moments stays on its rank: an all-reduce whose backward is the identity."""
+    return mock.patch.object(
+        collectives._SharedSum, "backward", staticmethod(lambda ctx, gradient: (gradient, None, None))
+    )
+
+
+def propensity_of_the_batch():
+    """Weights from the group counts of the rank's own rows."""
+
+    def weigh(self, batch):
+        codes = sum(batch.attributes[name] * 10**place for place, name in enumerate(self.settings.attributes))
+        _, which, counts = codes.unique(return_inverse=True, return_counts=True)
+        return len(batch) / (len(counts) * counts[which])
+
+    return mock.patch.object(InversePropensity, "weigh", weigh)
+
+
+def double_moments_update():
+    """Running moments moved twice a step."""
+    real = SubgroupNorm._track
+
+    def twice(self, *moments):
+        real(self, *moments)
+        real(self, *moments)
+
+    return mock.patch.object(SubgroupNorm, "_track", twice)
+
+
+SFD_GDA = ("no_factor", "squared_factor", "local_statistics", "detached_norm", "local_norm", "double_norm_update",
+           "per_rank_mask", "order_by_rank", "augmented_by_rank", "tail_repeated")  # fmt: skip
+DAID = ("no_factor", "squared_factor", "local_statistics", "local_moments", "detached_moments",
+        "moments_without_others", "propensity_of_the_batch", "double_moments_update")  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
     split = arguments.index("--")
     folder, *bugs = arguments[:split]
     for name in bugs:
-        with BUGS[name]():
+        with globals()[name]():
             try:
                 train.main([*arguments[split + 1 :], f"out={folder}/{name}"])
             except ValueError as error:

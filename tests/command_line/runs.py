@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as parquet
 from safetensors.torch import load_file
 
 from dist_fair import shards
@@ -15,6 +16,7 @@ from dist_fair.data.writing import Sample, write_shards
 
 GENDERS, RACES = ("female", "male"), ("Asian", "Black", "White")
 SIZE = 32
+TOLERANCE = 1e-5  # relative, fp32, DESIGN 8.3
 # Small enough for four ranks on two cores; three scoring batches and one rank more or less split unevenly.
 QUICK = [
     "train.steps=32", "train.batch_size=32", "data.window=8", "data.image_size=64", "optimizer.lr=5e-4",
@@ -91,3 +93,25 @@ def losses(run: Path, key: str = "loss") -> np.ndarray:
 def final_model(run: Path) -> dict:
     """The tensors of the newest checkpoint."""
     return load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def difference(one: Path, other: Path) -> float:
+    """Largest difference of the losses of two runs, relative to the loss; infinite where they cannot be compared."""
+    worst = 0.0
+    for key in (key for key in metrics(one)[0] if key.startswith("loss")):
+        left, right = losses(one, key), losses(other, key)
+        if left.shape != right.shape or not np.array_equal(np.isnan(left), np.isnan(right)):
+            return np.inf
+        worst = max(worst, float(np.nanmax(np.abs(left - right) / losses(one))))
+    return worst
+
+
+def norm_difference(one: Path, other: Path) -> float:
+    """Largest relative difference of the gradient norms of two runs."""
+    left, right = losses(one, "gradient_norm"), losses(other, "gradient_norm")
+    return float(np.abs(left - right).max() / left.max())
+
+
+def predictions(run: Path, name: str) -> dict:
+    """The columns of a predictions file."""
+    return parquet.read_table(run / "predictions" / f"{name}.parquet").to_pydict()
