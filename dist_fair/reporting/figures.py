@@ -57,10 +57,11 @@ def scores(judged: Mapping[str, Judged]) -> "Figure":
     from matplotlib.patches import Patch
 
     parts = next(iter(judged.values())).parts
+    names = [_counted(name, label) for name, (label, _) in parts.items()]
     across = min(len(judged), 3)
     down = -(-len(judged) // across)
-    drawing, axes = figure(height=0.8 + down * (0.5 + 0.36 * len(parts)), nrows=down, ncols=across, sharey=True,
-                           squeeze=False)  # fmt: skip
+    height = 0.6 + down * (0.5 + len(parts) * max(0.36, 0.14 * (1 + max(name.count("\n") for name in names))))
+    drawing, axes = figure(height=height, nrows=down, ncols=across, sharey=True, squeeze=False)
     for ax, (run, one) in zip(axes.flat, judged.items(), strict=False):
         for row, (label, score) in enumerate(one.parts.values()):
             _mirrored(ax, row, label, score, _bins(judged))
@@ -68,14 +69,14 @@ def scores(judged: Mapping[str, Judged]) -> "Figure":
         ax.set_xlim(*_bins(judged)[[0, -1]])
         ax.set_ylim(len(parts) - 0.4, -0.6)
         ax.set_xlabel("score")
-        ax.set_title(wrapped(run, 30) if len(judged) > 1 else "", fontweight="bold")
+        ax.set_title(wrapped(run, 56 // across) if len(judged) > 1 else "", fontweight="bold")
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
     _hide(axes.flat[len(judged) :])
-    axes[0, 0].set_yticks(range(len(parts)), [_counted(name, label) for name, (label, _) in parts.items()])
+    axes[0, 0].set_yticks(range(len(parts)), names)
     median = Line2D([], [], color=BLACK, linewidth=1.2, linestyle="none", marker="|", markersize=8)
-    names = ["real (upwards)", "fake (downwards)", "median", f"threshold {one.report['threshold']:g}"]
-    legend_below(drawing, [*(Patch(color=colour) for colour in CLASSES.values()), median, threshold], names)
+    labels = ["real (upwards)", "fake (downwards)", "median", f"threshold {one.report['threshold']:g}"]
+    legend_below(drawing, [*(Patch(color=colour) for colour in CLASSES.values()), median, threshold], labels)
     return drawing
 
 
@@ -96,7 +97,9 @@ def _mirrored(ax, row: int, label: np.ndarray, score: np.ndarray, edges: np.ndar
     for code, (name, share) in enumerate(shares.items()):
         sign = 1 if code else -1  # y grows downwards
         if share is None:
-            ax.text(edges.mean(), row + 0.22 * sign, f"no {name} samples", color=GREY, ha="center", va="center")
+            ax.text(
+                edges[len(edges) // 4], row + 0.22 * sign, f"no {name} samples", color=GREY, ha="center", va="center"
+            )
             continue
         ax.stairs(row + sign * 0.44 * share / highest, edges, baseline=row, fill=True, color=CLASSES[name],
                   label=name)  # fmt: skip
@@ -116,31 +119,31 @@ def roc(judged: Mapping[str, Judged]) -> "Figure":
 
 
 def _roc_of_groups(one: Judged) -> "Figure":
-    names = {name: wrapped(name, 34) for name in one.parts}
-    columns = -(-len(names) // 24)
-    longest = max(len(line) for name in names.values() for line in name.split("\n"))
-    drawing, ax = figure(width=min(WIDTH, 4.4 + 0.065 * longest * columns), height=3.4)
+    drawing, ax = figure(width=4.6, height=3.7)
     _square(ax)
     for number, (name, part) in enumerate(one.parts.items(), start=-1):
         look = {"color": BLACK, "linewidth": 2.0} if name == ALL else stroke(number, marker="")
-        _curve(ax, part, f"{names[name]}  {_auc(one, name)}", look)
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title="AUC (%)", alignment="left", ncols=columns)
+        _curve(ax, part, f"{wrapped(name, 60)}  {_lacking(part[0]) or shown('AUC', one.auc(name))}", look)
     ax.set_xlabel("reals called fake (FPR)")
     ax.set_ylabel("fakes called fake (TPR)")
+    legend_below(drawing, *ax.get_legend_handles_labels(), title="AUC (%)")
     return drawing
 
 
 def _roc_of_runs(judged: Mapping[str, Judged]) -> "Figure":
     parts = next(iter(judged.values())).parts
+    names = [wrapped(name, 20) for name in parts]
     across = min(len(parts), ACROSS)
     down = -(-len(parts) // across)
-    height = down * (1.95 + 0.15 * -(-len(judged) // 3)) + 0.5
+    above = 0.17 * -(-len(judged) // 3) + 0.13 * max(name.count("\n") for name in names)
+    height = down * (min(WIDTH / across - 0.25, 3.0) + 0.5 + above) + 0.3
     drawing, axes = figure(height=height, nrows=down, ncols=across, squeeze=False)
-    for ax, name in zip(axes.flat, parts, strict=False):
+    for ax, name, (part, (label, _)) in zip(axes.flat, names, parts.items(), strict=False):
         _square(ax)
+        ax.text(0.5, 0.5, _lacking(label), color=GREY, ha="center", va="center")
         for number, one in enumerate(judged.values()):
-            _curve(ax, one.parts[name], _auc(one, name), stroke(number, marker=""))
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), title=wrapped(name, 24), ncols=3, handlelength=1.2,
+            _curve(ax, one.parts[part], shown("AUC", one.auc(part)), stroke(number, marker=""))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), title=name, ncols=3, handlelength=1.2,
                   columnspacing=0.8, handletextpad=0.4, borderpad=0)  # fmt: skip
         ax.set_xlabel("FPR")
     for ax in axes[:, 0]:
@@ -150,11 +153,10 @@ def _roc_of_runs(judged: Mapping[str, Judged]) -> "Figure":
     return drawing
 
 
-def _auc(one: Judged, part: str) -> str:
-    """The AUC as tables print it, or what is lacking for one."""
-    label, _ = one.parts[part]
-    lacking = [name for code, name in enumerate(CLASSES) if not (label == code).any()]
-    return f"no {' and no '.join(lacking)}" if lacking else shown("AUC", one.auc(part))
+def _lacking(label: np.ndarray) -> str:
+    """Why there is no curve, "" where there is one."""
+    without = [name for code, name in enumerate(CLASSES) if not (label == code).any()]
+    return {0: "", 1: f"no {without[0] if without else ''} samples", 2: "no samples"}[len(without)]
 
 
 def _curve(ax, part: tuple[np.ndarray, np.ndarray], label: str, look: Mapping) -> None:

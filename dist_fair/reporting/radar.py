@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dist_fair.reporting.judged import Judged
-from dist_fair.reporting.style import GREY, figure, legend_below, stroke, styled, wrapped
+from dist_fair.reporting.style import GREY, PALE, figure, legend_below, stroke, styled, wrapped
 from dist_fair.reporting.tables import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPOKES = range(3, 13)  # with fewer groups there is no polygon, with more their names do not fit around it
+LETTERS = 14  # nor do names whose parts are longer
 TITLES = {"AUC": "AUC ↑ (%)", "Skew": "|Skew| ↓"}
 CHANCE = 50.0  # per cent
 
@@ -35,7 +36,8 @@ def radar(judged: Mapping[str, Judged]) -> "Figure | None":
         "AUC": {run: _column(map(one.auc, groups), 100) for run, one in judged.items()},
         "Skew": {run: _column(map(one.skew, groups), 1) for run, one in judged.items()},
     }
-    drawing = (_radars if len(groups) in SPOKES else _rows)(groups, numbers)
+    short = all(len(part) <= LETTERS for group in groups for part in group.split("/"))
+    drawing = (_radars if short and len(groups) in SPOKES else _rows)(groups, numbers)
     handles = drawing.axes[0].get_legend_handles_labels()[0]
     legend_below(drawing, handles, [_headline(run, one) for run, one in judged.items()])
     return drawing
@@ -51,43 +53,66 @@ def _headline(run: str, one: Judged) -> str:
 
 
 def _radars(groups: tuple[str, ...], numbers: Numbers) -> "Figure":
-    drawing, axes = figure(height=3.4, ncols=2, subplot_kw={"projection": "polar"})
+    drawing, axes = figure(height=3.2, ncols=2)
     angles = 2 * np.pi * np.arange(len(groups)) / len(groups)
+    spokes = np.stack([np.sin(angles), np.cos(angles)])  # clockwise, the first one upwards
     for ax, (name, lines) in zip(axes, numbers.items(), strict=True):
-        ax.set_theta_zero_location("N")
-        ax.set_theta_direction(-1)
-        ax.set_xticks(angles, [wrapped(group, 9) for group in groups])
-        ax.tick_params(axis="x", pad=-1)
-        for label, angle in zip(ax.get_xticklabels(), angles, strict=True):
-            side = np.sin(angle)
-            label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
         low, high, ticks = _scale(name, lines)
-        ax.set_rlim(low, high)
-        back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-        ax.set_rticks(ticks, [f"{tick:g}" for tick in ticks], color=GREY, fontsize=6.5, bbox=back)
-        beside = sum(np.nan_to_num(values) + np.roll(np.nan_to_num(values), -1) for values in lines.values())
-        ax.set_rlabel_position((np.argmin(beside) + 0.5) * 360 / len(groups))  # where the lines leave most room
-        ax.spines["polar"].set_color(GREY)
+        _web(ax, groups, spokes, (ticks - low) / (high - low), [f"{tick:g}" for tick in ticks], _roomiest(lines))
         for number, (run, values) in enumerate(lines.items()):
-            closed = np.append(values, values[0])
-            ax.plot(np.append(angles, angles[0]), closed, label=run, markersize=3, clip_on=False, **stroke(number))
+            x, y = spokes * (values - low) / (high - low)
+            look = stroke(number)
+            ax.plot(np.append(x, x[0]), np.append(y, y[0]), label=run, markersize=3, clip_on=False, **look)
             if len(lines) == 1 and not np.isnan(values).any():
-                ax.fill(angles, values, color=stroke(number)["color"], alpha=0.12, linewidth=0)
-        ax.set_title(TITLES[name], fontweight="bold", pad=10)
-        ax.set_xlabel(_absent(name, groups, lines), color=GREY, fontsize=7)
+                ax.fill(x, y, color=look["color"], alpha=0.12, linewidth=0)
+        title = f"{TITLES[name]}, centre {low:g}" if low else TITLES[name]
+        ax.set_title(title, fontweight="bold", pad=17 + 9 * groups[0].count("/"))
+        ax.text(0, -1.35, _absent(name, groups, lines), color=GREY, fontsize=7, ha="center", va="top")
     return drawing
 
 
+def _web(ax, groups: tuple[str, ...], spokes: np.ndarray, rings: np.ndarray, names: list[str], gap: int) -> None:
+    """The grid of a radar of radius 1: spokes (2, G) with the groups' names, rings with theirs after spoke `gap`.
+
+    Drawn by hand: polar axes take three times as long, and their ring names vanish under the lines.
+    """
+    from matplotlib.patches import Circle
+
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+    ax.set_xlim(-1, 1)
+    ax.set_ylim(-1, 1)
+    ax.plot([[0] * len(groups), spokes[0]], [[0] * len(groups), spokes[1]], color=PALE, linewidth=0.6)
+    middle = np.pi * (2 * gap + 1) / len(groups)
+    for ring, name in zip(rings, names, strict=True):
+        ax.add_patch(
+            Circle((0, 0), ring, fill=False, clip_on=False, edgecolor=GREY if ring == 1 else PALE, linewidth=0.6)
+        )
+        ax.text(ring * np.sin(middle), ring * np.cos(middle), name, color=GREY, fontsize=6.5, ha="center", va="center",
+                zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})  # fmt: skip
+    for group, x, y in zip(groups, *spokes, strict=True):
+        across = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
+        along = "center" if abs(y) < 0.9 else "bottom" if y > 0 else "top"
+        ax.text(1.06 * x, 1.06 * y, group.replace("/", "/\n"), fontsize=7.5, ha=across, va=along)
+
+
+def _roomiest(lines: Mapping[str, np.ndarray]) -> int:
+    """The spoke after which the lines are nearest to the centre."""
+    values = sum(np.nan_to_num(line) for line in lines.values())
+    return int(np.argmin(values + np.roll(values, -1)))
+
+
 def _rows(groups: tuple[str, ...], numbers: Numbers) -> "Figure":
-    runs = len(numbers["AUC"])
-    drawing, axes = figure(height=1.2 + len(groups) * max(0.24, 0.09 * runs), ncols=2, sharey=True)
+    runs, names = len(numbers["AUC"]), [wrapped(group, 28) for group in groups]
+    tallest = 1 + max(name.count("\n") for name in names)
+    drawing, axes = figure(height=0.9 + len(groups) * max(0.14 * tallest + 0.1, 0.09 * runs), ncols=2, sharey=True)
     rows = np.arange(len(groups))
     for ax, (name, lines) in zip(axes, numbers.items(), strict=True):
-        ax.set_yticks(rows, [wrapped(group, 28) for group in groups])
+        ax.set_yticks(rows, names)
         ax.set_ylim(len(groups) - 0.5, -0.5)
         low, high, ticks = _scale(name, lines)
         ax.set_xlim(low, high)
-        ax.set_xticks(ticks)
+        ax.set_xticks([low, *ticks])
         ax.grid(True)
         for number, (run, values) in enumerate(lines.items()):
             beside = 0.6 * ((number + 0.5) / runs - 0.5)
@@ -103,12 +128,12 @@ def _scale(name: str, lines: Mapping[str, np.ndarray]) -> tuple[float, float, np
 
     values = np.concatenate([*lines.values()])
     values = values[~np.isnan(values)]
-    locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    locator = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
     if name == "AUC":
         low = 10 * np.floor((min(values, default=CHANCE) - 3) / 10)
         ticks = locator.tick_values(max(low, 0), 100)
         return ticks[0], 100.0, ticks[(ticks > ticks[0]) & (ticks <= 100)]
-    ticks = locator.tick_values(0, max(max(values, default=1.0), 0.05))
+    ticks = locator.tick_values(0, max(max(values, default=1.0), 0.1))
     return 0.0, ticks[-1], ticks[ticks > 0]
 
 

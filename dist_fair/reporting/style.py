@@ -23,6 +23,7 @@ BLACK, GREY, PALE = "#000000", "#767676", "#D9D9D9"
 
 WIDTH = 6.8  # inches: the text width of a paper's page
 DPI = 200
+PNG = {"compress_level": 3}  # a few per cent larger than at 6, and twice as fast
 LOOK = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure has the same bytes on every machine
     "font.size": 8,
@@ -33,6 +34,7 @@ LOOK = {
     "legend.fontsize": 7.5,
     "legend.title_fontsize": 8,
     "legend.frameon": False,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.3,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
@@ -84,7 +86,7 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     figure.set_layout_engine("none")
     written = []
     for form, write in (
-        ("png", lambda file: FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})),
+        ("png", lambda file: FigureCanvasAgg(figure).print_png(file, metadata={"Software": None}, pil_kwargs=PNG)),
         ("svg", lambda file: FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})),
     ):
         path = folder / f"{name}.{form}"
@@ -100,17 +102,19 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
 
 
 def stroke(number: int, **changes) -> dict:
-    """Colour, marker and dashes of the number-th line of a figure: the colours in turn, then with other dashes."""
-    place, lap = number % len(COLOURS), number // len(COLOURS)
-    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": DASHES[lap % len(DASHES)], **changes}
+    """Colour, marker and dashes of the number-th line of a figure: the colours in turn, then with other markers and dashes."""
+    lap, place = divmod(number, len(COLOURS))
+    marker = MARKERS[(place + lap) % len(MARKERS)]
+    return {"color": COLOURS[place], "marker": marker, "linestyle": DASHES[lap % len(DASHES)], **changes}
 
 
 @styled()
 def legend_below(figure: "Figure", handles: list, labels: list[str], title: str | None = None) -> None:
-    """A legend under all axes, in as many columns as the longest label leaves room for."""
+    """A legend under all axes, in as many columns as the labels leave room for; the figure grows by its rows."""
     taken = max(map(len, labels)) + 9  # the stroke and the gap to the next one are as wide as nine letters
     across = max(1, int(figure.get_figwidth() * 17) // taken)  # letters of 7.5 points to an inch
     rows = -(-len(labels) // across)
+    figure.set_figheight(figure.get_figheight() + 0.16 * (rows + bool(title)))
     figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), title=title)
 
 
