@@ -53,7 +53,7 @@ def write(out: Path, runs: Mapping[tuple[str, int], Path], results: Results) -> 
 
 
 def manipulated(report: Report) -> bool:
-    """True if Skew fell from F=0 to F=1 at every capacity."""
+    """True if Skew fell from F=0 to F=1 at every capacity, to that of a detector that tells real and fake apart."""
     return all(_fell(found) for found in report["capacities"].values())
 
 
@@ -201,12 +201,18 @@ def _interval(bounds) -> str:
 
 def _skews(capacity: str, found: Mapping) -> str:
     plain, fair = found["skew"]
-    return f"{capacity} {plain:.2f} → {fair:.2f}"
+    one_class = "" if _tells_apart(found) else ", where all are called the same"
+    return f"{capacity} {plain:.2f} → {fair:.2f}{one_class}"
+
+
+def _tells_apart(found: Mapping) -> bool:
+    """False where F=1 calls every sample real, or every one fake: its Skew is 0, which is no fairness."""
+    return 0 < found["called_fake"][1] < 1
 
 
 def _fell(found: Mapping) -> bool:
     plain, fair = found["skew"]
-    return fair < plain
+    return fair < plain and _tells_apart(found)
 
 
 # The picture

@@ -51,10 +51,11 @@ def average_causal_effect(
     Samples of unknown group are left out; so are strata that lack a class, by name, and P is taken over the others.
 
     Returns {"attributes", "samples", "unknown", "left_out": {stratum: counts}, "ACE", "mu_0",
-    "capacities": {mc: {"ACE", "interval", "skew": [of F=0, of F=1]}}, "cells": [{"capacity", "stratum", "n", "n_real",
-    "n_fake", "P", "AUC_0", "AUC_1", "difference", "interval"}], "bootstrap": {"replicates", "unit", "seed", "strata",
-    and what `distribution` returns}}; AUC, ACE and mu_0 are fractions. A replicate is undefined where the draw left a
-    cell without a class: only where attributes differ inside a video.
+    "capacities": {mc: {"ACE", "interval", "skew": [of F=0, of F=1], "called_fake": [share at F=0, at F=1]}},
+    "cells": [{"capacity", "stratum", "n", "n_real", "n_fake", "P", "AUC_0", "AUC_1", "difference", "interval"}],
+    "bootstrap": {"replicates", "unit", "seed", "strata", and what `distribution` returns}}; AUC, ACE and mu_0 are
+    fractions. A replicate is undefined where the draw left a cell without a class: only where attributes differ inside
+    a video.
 
     Raises DistFairError for models whose samples differ, attributes that are not there, and settings out of range.
     """
@@ -162,41 +163,39 @@ class _Study:
         """ACE from AUC (..., mc, f, dd)."""
         return ((auc[..., 1, :] - auc[..., 0, :]) * self.P).sum(axis=(-2, -1))
 
-    def skew(self, model: Model) -> float:
-        """max |Skew| over the intersections, on all samples, as `dist-fair evaluate` reports it."""
+    def called(self, model: Model) -> dict[str, float]:
+        """max |Skew| over the intersections and the share called fake, as `dist-fair evaluate` reports them."""
         ones, score = np.ones((len(self.label), 1)), self.runs[model].score
         strata = Ranking(self.label, score, THRESHOLD, self.codes, len(self.groups))
         overall = Ranking(self.label, score, THRESHOLD)
         rates, all_rates = (ranking.rates(ranking.count(ones)) for ranking in (strata, overall))
-        return float(disparities(rates, all_rates)["skew"][0])
+        return {"skew": float(disparities(rates, all_rates)["skew"][0]), "called_fake": float(all_rates.pr.item())}
 
     def by_capacity(self, auc: np.ndarray, drawn: np.ndarray) -> dict[str, dict]:
-        """The effect at each capacity alone, and whether its regimes differ in what they should differ in."""
+        """The effect at each capacity alone, and how the regimes differ in what they call fake."""
         effect, effects = (((a[..., 1, :] - a[..., 0, :]) * self.P).sum(axis=-1) * self.shape[0] for a in (auc, drawn))
-        return {
-            mc: {
-                "ACE": float(effect[place]),
-                "interval": bounds(effects[:, place]),
-                "skew": [self.skew((mc, f)) for f in REGIMES],
-            }
-            for place, mc in enumerate(self.capacities)
-        }
+        found = {}
+        for place, mc in enumerate(self.capacities):
+            plain, fair = (self.called((mc, f)) for f in REGIMES)
+            found[mc] = {"ACE": float(effect[place]), "interval": bounds(effects[:, place])}
+            found[mc] |= {name: [plain[name], fair[name]] for name in plain}
+        return found
 
     def cells(self, auc: np.ndarray, drawn: np.ndarray) -> list[dict]:
         """Every cell, from its AUC (mc, f, dd), and in every replicate (B, mc, f, dd)."""
         cells = []
-        for mc, f, dd in np.ndindex(self.shape):
-            if f == 0:
-                plain, fair = auc[mc, :, dd].tolist()
+        for place, mc in enumerate(self.capacities):
+            for column, dd in enumerate(self.strata):
+                plain, fair = auc[place, :, column].tolist()
                 cells.append({
-                    "capacity": self.capacities[mc],
-                    "stratum": self.groups.names[self.strata[dd]],
-                    **self.counts(self.strata[dd]),
-                    "P": float(self.P[dd]),
+                    "capacity": mc,
+                    "stratum": self.groups.names[dd],
+                    **self.counts(dd),
+                    "P": float(self.P[column]),
                     "AUC_0": plain,
                     "AUC_1": fair,
                     "difference": fair - plain,
-                    "interval": bounds(drawn[:, mc, 1, dd] - drawn[:, mc, 0, dd]),
+                    "interval": bounds(drawn[:, place, 1, column] - drawn[:, place, 0, column]),
                 })  # fmt: skip
         return cells
 

@@ -110,8 +110,9 @@ def test_skew_is_that_of_the_evaluation():
     predictions = messy()
     report = average_causal_effect(predictions, GROUPS, 1)
     for (mc, f), found in predictions.items():
-        expected = evaluate(found, GROUPS, 0, 0)["fairness"]["gender x race"]["skew"]
-        assert report["capacities"][mc]["skew"][f] == expected
+        expected = evaluate(found, GROUPS, 0, 0)
+        assert report["capacities"][mc]["skew"][f] == expected["fairness"]["gender x race"]["skew"]
+        assert report["capacities"][mc]["called_fake"][f] == expected["utility"]["frame"]["PR"]
 
 
 def test_the_order_of_a_file_does_not_matter():

@@ -98,8 +98,10 @@ def test_ranks_share_the_replicates(runs, study, tmp_path):
 # What is said
 
 
-def report_of(skews, interval=(0.01, 0.03), effect=0.02):
-    capacities = {mc: {"ACE": effect, "interval": interval, "skew": skew} for mc, skew in skews.items()}
+def report_of(skews, interval=(0.01, 0.03), effect=0.02, called=(0.5, 0.5)):
+    capacities = {
+        mc: {"ACE": effect, "interval": interval, "skew": skew, "called_fake": called} for mc, skew in skews.items()
+    }
     return {"ACE": effect, "capacities": capacities, "bootstrap": {"interval": interval}}
 
 
@@ -114,6 +116,9 @@ def test_the_manipulation_check_says_what_skew_did():
     assert (
         "did not fall from F=0 to F=1 (low 0.20 → 0.50; high 0.30 → 0.30). ACE answers nothing about fairness" in none
     )
+    trivial = ace_report.manipulation(report_of({"low": (0.5, 0.0)}, called=(0.5, 1.0)))
+    assert "F was NOT manipulated" in trivial
+    assert "low 0.50 → 0.00, where all are called the same" in trivial
     part = ace_report.manipulation(report_of({"low": FELL, "high": ROSE}))
     assert "only in part" in part
     assert "(low 0.50 → 0.20), but not everywhere (high 0.20 → 0.50)" in part
