@@ -14,7 +14,7 @@ from dist_fair.errors import DistFairError, nearest
 
 
 def main(arguments: list[str]) -> int:
-    """Trains the rows; writes ablation.md, ablation.csv and figures into --out. Exit code 0."""
+    """Trains the rows; writes ablation.md, ablation.csv and side_by_side/ into --out. Exit code 0."""
     options = parse(arguments)
     from dist_fair.recipe.composition import load
     from dist_fair.recipes import interventions

@@ -162,7 +162,8 @@ def refuse_own(overrides: Sequence[str]) -> None:
 def write(
     out: Path, title: str, command: str, rows: Sequence[Row], runs: Mapping[str, Sequence[Run]], seeds: Sequence[int]
 ) -> None:
-    """Reads the finished runs; writes OUT/ablation.md and .csv, and figures of the first seed; prints the tables.
+    """Reads the finished runs, prints the tables and writes OUT/ablation.md and ablation.csv; the runs of the first
+    seed go into OUT/side_by_side, with figures.
 
     runs: by row, one a seed.
     """
@@ -174,8 +175,8 @@ def write(
                   rows, found)  # fmt: skip
     write_text(out / "ablation.md", text)
     write_text(out / "ablation.csv", numbers_csv(found, seeds))
-    figures = side_by_side({name: same[0].folder for name, same in runs.items()}, out)
     say(text)
+    figures = side_by_side({name: same[0].folder for name, same in runs.items()}, out / "side_by_side")
     say("\n".join(map(str, [out / "ablation.md", out / "ablation.csv", *figures])))
 
 
