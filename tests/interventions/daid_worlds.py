@@ -56,9 +56,9 @@ def batch(size=SIZE, kind="usual"):
     kind: also one group (whoever is known), ties (four directions, orthogonal to each other), zero feature (two rows).
     """
     made, features, _ = plain_batch(size, kind=kind)
-    random = np.random.default_rng(size)
-    manipulations = torch.from_numpy(random.integers(-1, len(MANIPULATIONS), size))
-    made = replace(made, manipulations=torch.where(made.labels == 1, manipulations, -1))
+    fakes = made.labels == 1
+    manipulations = torch.where(fakes, (fakes.cumsum(0) + 3) % 4 - 1, -1)  # of every fourth fake unknown
+    made = replace(made, manipulations=manipulations)
     if kind == "one group":
         made = replace(made, attributes={name: codes.clamp_max(0) for name, codes in made.attributes.items()})
     if kind == "ties":

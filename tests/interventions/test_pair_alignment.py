@@ -205,6 +205,13 @@ def test_chunks_change_nothing_and_ties_go_by_row(monkeypatch):
         assert partners[i][there[i]].tolist() == sorted(valid, key=lambda j: (cosine[j], j))[:4]
 
 
+def test_cosines_that_differ_by_rounding_are_tied():
+    angles = torch.acos(torch.tensor([1, 0.5 + 1e-13, 0.5, 0.5 - 1e-13, 0.5 + 1e-8], dtype=torch.float64))
+    contrast, match = torch.tensor([0, 1, 1, 1, 1]), torch.zeros(5, dtype=torch.int64)
+    partners, _ = pairs.hardest_partners(torch.stack([angles.cos(), angles.sin()], dim=1), contrast, match, 4)
+    assert partners[0].tolist() == [1, 2, 3, 4]
+
+
 def test_gradients_reach_the_partners():
     """Of one ordered pair, (0, 1), each end gets the other's unit vector."""
     units = torch.eye(3, dtype=torch.float64).requires_grad_()
