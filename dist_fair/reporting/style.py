@@ -102,7 +102,7 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
 
 
 def stroke(number: int, **changes) -> dict:
-    """Colour, marker and dashes of the number-th line of a figure: the colours in turn, then with other markers and dashes."""
+    """Colour, marker and dashes of the number-th line of a figure, different from the others'."""
     lap, place = divmod(number, len(COLOURS))
     marker = MARKERS[(place + lap) % len(MARKERS)]
     return {"color": COLOURS[place], "marker": marker, "linestyle": DASHES[lap % len(DASHES)], **changes}
