@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from dist_fair import cli
+from dist_fair import cli, session
 from dist_fair.reporting import wandb_log
 from tests.command_line.runs import QUICK_WITHOUT_METHODS, call, card, final_model, losses, metrics, succeed
 
@@ -108,6 +108,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(data, tmp_path, capsys
 def test_a_run_leaves_its_folder(run):
     assert {path.name for path in run.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "checkpoints", "evaluation.json", "predictions",
+        "evaluation.md", "evaluation.csv", "figures",
     }  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     report = json.loads((run / "evaluation.json").read_text())
@@ -115,6 +116,12 @@ def test_a_run_leaves_its_folder(run):
         ("near", "far"), "step-00000004"
     )
     assert parquet.read_table(run / "predictions" / "near.parquet").num_rows == 53
+    assert {path.name for path in (run / "figures").iterdir()} == figures("near", "far")
+
+
+def figures(*datasets):
+    kinds = [f"{kind}.{form}" for kind in ("radar", "scores", "roc") for form in ("png", "svg")]
+    return {f"{dataset}-{kind}" for dataset in datasets for kind in kinds}
 
 
 def test_a_finished_run_started_again_is_evaluated_and_not_trained(data, run, files, capsys):
@@ -199,7 +206,9 @@ def test_evaluate_a_checkpoint_into_a_folder(run, files, tmp_path, monkeypatch):
     monkeypatch.chdir(run / "checkpoints")
     out = tmp_path / "early"
     assert cli.main(["evaluate", "step-00000002", "--out", str(out), "data.eval=[far]", "data.workers=1"]) == 0
-    assert {path.name for path in out.iterdir()} == {"evaluation.json", "predictions"}
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json", "predictions", "evaluation.md", "evaluation.csv", "figures",
+    }  # fmt: skip
     report = json.loads((out / "evaluation.json").read_text())
     assert [*report] == ["far"]
     assert report["far"]["checkpoint"] == "step-00000002"
@@ -211,6 +220,47 @@ def test_evaluate_a_checkpoint_into_a_folder(run, files, tmp_path, monkeypatch):
 def test_evaluate_refuses_settings_of_training(run, files, capsys, setting):
     assert cli.main(["evaluate", str(run), setting]) == 2
     assert setting.partition("=")[0] in capsys.readouterr().err
+
+
+def stopped(run, folder, step):
+    """A run folder that has one checkpoint of `run`."""
+    for path in ("recipe.yaml", f"checkpoints/step-{step:08d}"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).symlink_to(run / path)
+    return folder
+
+
+def test_evaluate_two_runs_compares_them(run, files, tmp_path):
+    out, early, late = tmp_path / "out", stopped(run, tmp_path / "early", 2), stopped(run, tmp_path / "late", 4)
+    launched = [sys.executable, "-m", "dist_fair.evaluate", str(early), str(late), "data.eval=[near]", "--ranks", "2"]
+    done = succeed(call(*launched, "--out", str(out)))
+    assert done.stdout.count(str(out / "comparison.md")) == 1  # one rank draws
+    assert {path.name for path in (out / "figures").iterdir()} == figures("near")
+    assert all(f"| near    | {name}  |" in (out / "comparison.md").read_text() for name in ("early", "late "))
+    reports = [json.loads((folder / "evaluation.json").read_text())["near"] for folder in (early, late)]
+    assert [report["checkpoint"] for report in reports] == ["step-00000002", "step-00000004"]
+    assert reports[0]["recipe"] == reports[1]["recipe"]
+
+
+def test_numbers_of_two_checkpoints_do_not_mix(run, files, tmp_path, capsys):
+    first, last = (str(run / "checkpoints" / f"step-0000000{step}") for step in (2, 4))
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", first, *out, "data.eval=[near]"]) == 0
+    before = contents(tmp_path / "out")
+    assert cli.main(["evaluate", last, *out, "data.eval=[far]"]) == 2
+    assert "has numbers of step-00000002 of recipe" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    assert cli.main(["evaluate", last, *out, "data.eval=[near,far]"]) == 0  # nothing of the first would stay
+
+
+def test_what_cannot_be_drawn_is_said_and_the_numbers_stay(run, files, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise ImportError("no matplotlib here")
+
+    monkeypatch.setattr(session, "write_up", broken)
+    assert cli.main(["evaluate", str(run), "--out", str(tmp_path / "out"), "data.eval=[far]"]) == 0
+    assert "warning: no tables and figures (ImportError: no matplotlib here)" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "predictions"}
 
 
 # Weights & Biases
