@@ -22,19 +22,25 @@ def main(arguments: list[str]) -> int:
     from dist_fair.engine.launch import check_world, launch_ranks
 
     if options.ranks is not None:
-        out = [f"--out={options.out}"] if options.out else []
-        return launch_ranks("evaluate", options.ranks, [*sources, *overrides, *out])
+        options.words += [f"--out={options.out}"] if options.out else []
+        return launch_ranks("evaluate", options.ranks, options.words)
     check_world("evaluate", None)
     from dist_fair.engine.checkpoint import find
-    from dist_fair.reporting.side_by_side import names_of
+    from dist_fair.reporting.side_by_side import check_out, names_of
+    from dist_fair.session import Session
 
     with on_all_ranks():
         found = [find(Path(source).absolute()) for source in sources]
-        folders = [checkpoint.parent.parent for checkpoint in found]
-        names_of(folders)
-    for checkpoint, run in zip(found, folders, strict=True):
-        leader = _evaluate(checkpoint, overrides, Path(options.out) if options.out and len(found) == 1 else run)
-    return _draw(folders, options.out) if leader and len(found) > 1 else 0
+        runs = [*names_of([checkpoint.parent.parent for checkpoint in found]).values()]
+        if len(found) > 1:
+            check_out(Path(options.out))
+        outs = runs if len(found) > 1 or not options.out else [Path(options.out)]
+        work = [_read(run, overrides, out) for run, out in zip(runs, outs, strict=True)]
+    for (resolved, folder), checkpoint in zip(work, found, strict=True):
+        session = Session(resolved, folder)
+        session.load(checkpoint)
+        session.evaluate(session.tests(), checkpoint.name, alone=True)
+    return _draw(runs, options.out) if session.leader and len(found) > 1 else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,11 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="+", metavar="RUN_OR_CHECKPOINT | key=value",
                         help="run folders (the newest checkpoint of each) or step-N folders; and changes that leave "
                         "the detector as it is, such as data.eval=[...]")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="where results go, by default the run folder; for several runs, "
-                        "where they are compared (the results of each go to its own folder)")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="where results go, by default the run folder; of several runs: "
+                        "where they are compared")  # fmt: skip
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
-    parser.add_argument("--from-predictions", action="store_true",
-                        help="score nothing: draw and compare what the runs' evaluation.json and predictions/ have")
+    parser.add_argument("--from-predictions", action="store_true", help="score nothing: draw and compare what is there")
     return parser
 
 
@@ -62,27 +67,16 @@ def _check(options: argparse.Namespace, sources: Sequence[str], overrides: Seque
         raise DistFairError("--from-predictions draws one run into its own folder: leave out --out")
 
 
-def _evaluate(checkpoint: Path, overrides: Sequence[str], out: Path) -> bool:
-    """Scores the data sets of a run, with overrides, and writes to `out`; whether this rank is the leader."""
+def _read(run: Path, overrides: Sequence[str], out: Path) -> tuple:
+    """The recipe of a run with overrides, and the folder for its results, checked."""
     from dist_fair.engine.run_folder import RunFolder
     from dist_fair.recipe.composition import read
     from dist_fair.recipes import interventions
-    from dist_fair.session import Session
 
-    with on_all_ranks():
-        folder, run = RunFolder(out), checkpoint.parent.parent
-        folder.refuse_file()
-        if folder.recipe.is_file() and not folder.path.samefile(run):
-            raise DistFairError(f"--out={out} is the folder of another run: choose another one")
-        resolved = read(run / "recipe.yaml", interventions(), overrides)
-        resolved.recipe.detector.pretrained, resolved.recipe.detector.init_from = False, None  # the checkpoint has all
-    session = Session(resolved, folder)
-    session.load(checkpoint)
-    tests = session.tests()
-    with on_all_ranks():
-        folder.refuse_mixture(session.source(checkpoint.name), tests)
-    session.evaluate(tests, checkpoint.name)
-    return session.leader
+    RunFolder(out).refuse_other_run(run)
+    resolved = read(run / "recipe.yaml", interventions(), overrides)
+    resolved.recipe.detector.pretrained, resolved.recipe.detector.init_from = False, None  # the checkpoint has all
+    return resolved, RunFolder(out)
 
 
 def _draw(runs: Sequence[Path], out: str | None) -> int:
@@ -90,8 +84,8 @@ def _draw(runs: Sequence[Path], out: str | None) -> int:
     from dist_fair.reporting.progress import say
     from dist_fair.reporting.side_by_side import names_of, side_by_side, write_up
 
-    for path in side_by_side(names_of(runs), Path(out)) if len(runs) > 1 else write_up(runs[0]):
-        say(str(path))
+    written = side_by_side(names_of(runs), Path(out)) if len(runs) > 1 else write_up(runs[0])
+    say("\n".join(map(str, written)))
     return 0
 
 

@@ -55,24 +55,24 @@ class Session:
                 self._reader(index).check()
         return indexes
 
-    def evaluate(self, tests: Mapping[str, Index], checkpoint: str) -> dict[str, dict]:
+    def evaluate(self, tests: Mapping[str, Index], source: str, alone: bool = False) -> dict[str, dict]:
         """Scores and judges data sets, writes what a run leaves behind, prints the table; reports on the leader.
 
-        checkpoint: the name of the one whose weights these are.
+        source: the name of the checkpoint whose weights these are. alone: refuse to put its numbers beside those of
+        another one; without it evaluation.json says whose they are.
         """
+        origin = {"checkpoint": source, "recipe": self.resolved.fingerprint()[:12]}
+        if alone:
+            with on_all_ranks():
+                self.folder.refuse_mixture(origin, tests)
         total, bootstrap = sum(len(index) for index in tests.values()), self.recipe.evaluation.bootstrap
         with Progress(total, "evaluate", self.leader, self.recipe.log.every, unit="samples") as progress:
             reports = evaluate_all(self.module, tests, self._test_batches, self.folder, bootstrap=bootstrap,
-                                   seed=self.recipe.seed, source=self.source(checkpoint),
-                                   observe=progress.step)  # fmt: skip
+                                   seed=self.recipe.seed, source=origin, observe=progress.step)  # fmt: skip
         if self.leader and reports:
             say(evaluation_table(reports))
             self._write_up(reports)
         return reports
-
-    def source(self, checkpoint: str) -> dict[str, str]:
-        """Whose numbers an evaluation of that checkpoint gives: what evaluation.json says of each data set."""
-        return {"checkpoint": checkpoint, "recipe": self.resolved.fingerprint()[:12]}
 
     def _write_up(self, reports: Mapping[str, dict]) -> None:
         """Tables and figures. The numbers are on disk by now: a failure here must not end the run."""

@@ -95,6 +95,12 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise DistFairError(f"{self.path} is a file: results need a folder, choose another one")
 
+    def refuse_other_run(self, run: Path) -> None:
+        """Raises DistFairError if the results of the run in folder `run` would go to the folder of another one."""
+        self.refuse_file()
+        if self.recipe.is_file() and not self.path.samefile(run):
+            raise DistFairError(f"--out={self.path} is the folder of another run: choose another one")
+
     def occupied(self) -> bool:
         """True if something other than a fresh run's files lies here."""
         return self.path.is_dir() and any(self.path.iterdir())

@@ -38,8 +38,7 @@ def side_by_side(runs: Mapping[str, Path], out: Path) -> list[Path]:
     Raises DistFairError where a run was not evaluated, no dataset is shared, the runs judged other samples of one, or
     `out` is the folder of a run.
     """
-    if RunFolder(out).recipe.is_file() or RunFolder(out).evaluation.is_file():
-        raise DistFairError(f"{out} is the folder of a run: a comparison needs another one")
+    check_out(out)
     judged = {name: read(Path(folder)) for name, folder in runs.items()}
     first = next(iter(judged.values()))
     shared = [dataset for dataset in first if all(dataset in of_run for of_run in judged.values())]
@@ -56,6 +55,14 @@ def side_by_side(runs: Mapping[str, Path], out: Path) -> list[Path]:
     return written
 
 
+def check_out(out: Path) -> None:
+    """Raises DistFairError where a comparison cannot be written: in a run's folder, or where a file is."""
+    folder = RunFolder(out)
+    folder.refuse_file()
+    if folder.recipe.is_file() or folder.evaluation.is_file():
+        raise DistFairError(f"{out} is the folder of a run: a comparison needs another one")
+
+
 def names_of(folders: Collection[Path]) -> dict[str, Path]:
     """The folders by a name for each: its last part, with as many of those above it as tell them all apart.
 
@@ -64,7 +71,8 @@ def names_of(folders: Collection[Path]) -> dict[str, Path]:
     whole = [folder.resolve() for folder in folders]
     for folder in whole:
         if whole.count(folder) > 1:
-            raise DistFairError(f"{folder} is given twice: a run is compared with others")
+            raise DistFairError(f"{folder} is given twice: to compare checkpoints of one run, evaluate each with an "
+                                "--out of its own, then those folders with --from-predictions")  # fmt: skip
     depth = next(n for n in range(1, 1000) if len({folder.parts[-n:] for folder in whole}) == len(whole))
     return {"/".join(folder.parts[-depth:]): folder for folder in whole}
 

@@ -137,6 +137,8 @@ def test_runs_that_cannot_be_compared_say_why(runs, drawn, tmp_path, spoil, told
 def test_the_folder_of_a_run_is_no_place_for_a_comparison(runs, drawn):
     with pytest.raises(DistFairError, match="daid is the folder of a run: a comparison needs another one"):
         side_by_side(runs, runs["daid"])
+    with pytest.raises(DistFairError, match=r"erm/evaluation\.json is a file: results need a folder"):
+        side_by_side(runs, runs["erm"] / "evaluation.json")
 
 
 def test_names_are_as_long_as_they_must_be(tmp_path):
