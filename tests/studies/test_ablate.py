@@ -3,13 +3,14 @@
 import csv
 import os
 from statistics import mean
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import yaml
 
-from dist_fair import ablate
+from dist_fair import ablate, cli
 from dist_fair.cli import guarded
 from dist_fair.errors import DistFairError
 from dist_fair.recipe import cards
@@ -18,10 +19,17 @@ from dist_fair.recipes import interventions
 from dist_fair.studies import runs
 from dist_fair.studies.ablation import leave_one_out, read_table, rows_of, tables
 from dist_fair.studies.runs import Run, results
-from tests.command_line.runs import QUICK, card
+from tests.command_line.runs import card
 
 PRESENT = ("cross_entropy", "channel_decoupling", "distribution_alignment")
 DAID = ("cross_entropy", "inverse_propensity", "subgroup_norm", "low_rank_projection", "pair_alignment")
+RECIPE = """
+defaults: [sfd_gda]
+train: {steps: 2, batch_size: 32}
+data: {window: 8, image_size: 32, eval: [far]}
+wandb: {mode: disabled}
+detector: {arguments: {layers: [1, 1, 1, 1], channels: [8, 16, 32, 64]}}
+"""
 TABLE = """
 rows:
   ERM: []
@@ -189,12 +197,19 @@ def test_seeds_are_numbers(capsys, arguments):
     assert "--seeds" in capsys.readouterr().err
 
 
-def test_from_rows_to_a_table(tmp_path, table, capsys):
+def train_here(run: Run, ranks: int) -> SimpleNamespace:
+    """A run in this process, which has imported all it needs; test_runs.py has real ones."""
+    code = cli.main(["train", *run.overrides])
+    return SimpleNamespace(poll=lambda: code)
+
+
+def test_from_rows_to_a_table(tmp_path, table, monkeypatch, capsys):
     """Two rows, two seeds: a dry run, the runs, their table; again, and nothing is trained."""
+    monkeypatch.setattr(runs, "_start", train_here)
     data, out = card(tmp_path), tmp_path / "out"
-    arguments = ["recipe=sfd_gda", *QUICK, f"data={data}", "train.steps=2", "evaluation.bootstrap=0", "data.eval=[far]",
-                 "--table", table(TABLE), "--rows", "GDA, weak", "ERM", "--seeds", "0", "1",
-                 "--out", str(out)]  # fmt: skip
+    (recipe := tmp_path / "tiny.yaml").write_text(RECIPE)
+    arguments = [f"recipe={recipe}", f"data={data}", "--table", table(TABLE), "--rows", "GDA, weak", "ERM",
+                 "--seeds", "0", "1", "--out", str(out)]  # fmt: skip
     capsys.readouterr()
     assert ablate.main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out == (
@@ -232,7 +247,7 @@ def test_from_rows_to_a_table(tmp_path, table, capsys):
 def check_tables(out, printed: str) -> None:
     """ablation.md is what was printed; its means and the lines of ablation.csv are those of the evaluations."""
     text = (out / "ablation.md").read_text()
-    assert text.startswith("# Ablation of sfd_gda, seeds 0, 1\n\n`dist-fair ablate recipe=sfd_gda ")
+    assert text.startswith("# Ablation of tiny, seeds 0, 1\n\n`dist-fair ablate recipe=")
     assert f"(torch {torch.__version__}, CPU)" in text
     assert text in printed
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
