@@ -153,8 +153,15 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
 
 
 def load_detector(module: TrainingModule, settings: DetectorSettings) -> None:
-    """Starts from the detector (not the interventions) of another run, checkpoint or safetensors file."""
+    """Starts from the detector (not the interventions) of another run, checkpoint or safetensors file.
+
+    A classifier that saw another number of features (a projection came, went or changed) is not taken: it starts anew.
+    """
     source = Path(settings.init_from)
     tensors = checkpoint.open_part(source)
-    own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
-    checkpoint.load_model(module.detector, own or tensors, source)
+    found = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
+    found, own = found or tensors, module.detector.state_dict()
+    for name in ("classifier.weight", "classifier.bias"):
+        if name in found and name in own and found["classifier.weight"].shape != own["classifier.weight"].shape:
+            found = found | {name: own[name]}
+    checkpoint.load_model(module.detector, found, source)

@@ -42,23 +42,23 @@ class TrainingModule(nn.Module):
         if precision == "fp64":
             self.double()
 
-    def outputs(self, batch: Batch) -> Outputs:
+    def outputs(self, batch: Batch, progress: float = 1.0) -> Outputs:
         """Outputs for this rank's rows: detector, feature transforms in recipe order, classifier."""
         half = self.precision == "bf16"
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=half):
             outputs = self.detector.extract(batch.images)
         if half:
             outputs.features, outputs.feature_map = outputs.features.float(), outputs.feature_map.float()
-        for intervention in self._chosen():
+        for intervention in self._begun(progress):
             outputs.features = intervention.transform(outputs.features, batch, self.comm)
         outputs.logits = self.detector.classify(outputs.features)
         return outputs
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The global loss at `progress`, the part of the run that is done, in [0, 1)."""
-        outputs = self.outputs(batch)
+        outputs = self.outputs(batch, progress)
         weights = outputs.logits.new_ones(len(batch))
-        for intervention in self._chosen():
+        for intervention in self._begun(progress):
             own = intervention.weigh(batch)
             weights = weights if own is None else weights * own
         active = {name: weight for name, part in self.interventions.items() if (weight := part.weight(progress)) > 0}
@@ -88,5 +88,5 @@ class TrainingModule(nn.Module):
             numbers |= {measure: found[measure].detach() if found else None for measure in part.measures}
         return torch.as_tensor(loss), numbers
 
-    def _chosen(self) -> list[Intervention]:
-        return list(self.interventions.values())
+    def _begun(self, progress: float) -> list[Intervention]:
+        return [part for part in self.interventions.values() if part.begun(progress)]

@@ -50,6 +50,20 @@ class Settings:
 
 
 @dataclass
+class Delayed(Settings):
+    """Settings of an intervention that transforms or weighs: it does so in training from `delay` on.
+
+    delay: part of the whole run, in [0, 1). Before it the run is as if the intervention were left out.
+    """
+
+    delay: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.delay < 1:
+            raise DistFairError(f"delay={self.delay}: part of the run, at least 0 and below 1")
+
+
+@dataclass
 class Weighted(Settings):
     """Settings of an intervention with an objective: its terms enter the loss with this weight.
 
@@ -107,6 +121,10 @@ class Intervention(nn.Module):
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__()
         self.settings, self.width = settings, features
+
+    def begun(self, progress: float) -> bool:
+        """Whether `transform` and `weigh` act at `progress`, the part of the run that is done, in [0, 1)."""
+        return not isinstance(self.settings, Delayed) or progress >= self.settings.delay
 
     def weight(self, progress: float) -> float:
         """The weight of the terms at `progress`, the part of the run that is done, in [0, 1)."""

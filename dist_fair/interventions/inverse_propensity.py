@@ -10,7 +10,7 @@ import torch
 from dist_fair.data.batch import Batch
 from dist_fair.demographics import Groups
 from dist_fair.errors import DistFairError
-from dist_fair.interventions.base import Facts, Intervention, Settings, register
+from dist_fair.interventions.base import Delayed, Facts, Intervention, register
 
 PROPENSITIES, UNKNOWNS = ("product_marginals", "inverse_joint", "one_minus_joint"), ("one", "marginals")
 
@@ -29,7 +29,7 @@ class InversePropensity(Intervention):
     """
 
     @dataclass
-    class Settings(Settings):
+    class Settings(Delayed):
         """propensity: see above. clip: the largest weight before a last scaling to mean 1, or null.
 
         unknown: samples of which an attribute is unknown weigh "one", or what is expected if the unknown values follow
@@ -42,6 +42,7 @@ class InversePropensity(Intervention):
         unknown: str = "one"
 
         def __post_init__(self):
+            super().__post_init__()
             place = "inverse_propensity: "
             if self.propensity not in PROPENSITIES:
                 raise DistFairError(f"{place}propensity={self.propensity}: one of {', '.join(PROPENSITIES)}")

@@ -27,7 +27,7 @@ from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.demographics import Groups
 from dist_fair.errors import DistFairError
-from dist_fair.interventions.base import Facts, Intervention, Settings, register
+from dist_fair.interventions.base import Delayed, Facts, Intervention, register
 
 INFERENCES, MOMENTUM = ("mixture", "group", "none"), 0.1
 
@@ -68,12 +68,12 @@ class SubgroupNorm(Intervention):
         mixture   moments of all groups together, by how often the training plan draws each. Reads no attribute
         group     the running moments of the sample's own group; of the mixture, where it is unknown or was never seen
         none      features as they are
-    Before the first training step mean and variance are 0 and 1. Under gradient accumulation each micro-batch is a
+    Before the first step with it mean and variance are 0 and 1: features stay as they are. Under gradient accumulation each micro-batch is a
     batch of its own. No parameters: the classifier that follows has scale and shift.
     """
 
     @dataclass
-    class Settings(Settings):
+    class Settings(Delayed):
         """epsilon: of eq. 7. minimum: members up to which groups are filled up; 0 or 1: the paper's raw moments.
 
         momentum: the part of old members that each batch forgets, in (0, 1]. detach: moments are constants to the
@@ -88,6 +88,7 @@ class SubgroupNorm(Intervention):
         inference: str = "mixture"
 
         def __post_init__(self):
+            super().__post_init__()
             place = "subgroup_norm: "
             if not 0 < self.epsilon < float("inf"):
                 raise DistFairError(f"{place}epsilon={self.epsilon}: a positive number")

@@ -85,7 +85,7 @@ class DetectorSettings:
     name: str = setting("", "one of dist_fair's detectors or any timm model")
     pretrained: bool | str = setting(False, "true or a timm tag downloads weights; a path reads them")
     norm: str = setting("synced", "statistics of batch norm", choices=("synced", "local", "frozen"))
-    init_from: str | None = setting(None, "start from the detector of this run, checkpoint or file")
+    init_from: str | None = setting(None, "start from this run, checkpoint or file; not its classifier if the width differs")
     arguments: dict[str, Any] = setting({}, "further arguments of the model")
 
 

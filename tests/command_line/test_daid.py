@@ -25,6 +25,7 @@ from tests.command_line.runs import (
 
 RECIPE = ["recipe=daid", *QUICK_WITHOUT_METHODS, "interventions.low_rank_projection.rank=16",
           "interventions.pair_alignment.delay=0.2", "interventions.subgroup_norm.minimum=4",
+          "interventions.subgroup_norm.delay=0.1", "interventions.inverse_propensity.delay=0.1",
           "optimizer.lr=1e-4"]  # fmt: skip
 HARDEST = ["interventions.pair_alignment.pairs=hardest", "interventions.pair_alignment.hardest=2"]
 SFD_GDA = ["+interventions.channel_decoupling={batch_size: 50, batches: 2, at: [0.3]}",
@@ -100,6 +101,16 @@ def test_in_fp64_variants_and_compositions_agree_too(data, tmp_path, extra):
     if extra == SFD_GDA:
         assert {"loss/pair_alignment", "loss/distribution_alignment"} <= {*last}
         assert int((final_model(tmp_path / "4")["detector.channel_mask"] == 0).sum()) == 2
+
+
+def test_before_its_delay_an_intervention_is_as_if_left_out(data, tmp_path):
+    arguments = ["recipe=erm", *QUICK_WITHOUT_METHODS, f"data={data}", "train.steps=8", "evaluation.at_end=false"]
+    later = ["+interventions.inverse_propensity={delay: 0.5}", "+interventions.subgroup_norm={delay: 0.75}"]
+    for name, extra in {"never": [], "weights": later[:1], "both": later}.items():
+        succeed(launch(1, "dist_fair.train", *arguments, *extra, f"out={tmp_path / name}"))
+    never, weights, both = (losses(tmp_path / name) for name in ("never", "weights", "both"))
+    assert np.array_equal(never[:4], weights[:4]) and (never[4:] != weights[4:]).all()
+    assert np.array_equal(weights[:6], both[:6]) and (weights[6:] != both[6:]).all()
 
 
 @pytest.mark.parametrize("bug", [bug for bug in DAID if bug != "double_moments_update"])

@@ -11,7 +11,8 @@ from dist_fair.interventions.channel_decoupling import lowest
 from tests.interventions.cases import build
 from tests.interventions.worlds import Scoring, Small
 
-OURS = ("cross_entropy", "channel_decoupling", "distribution_alignment")
+OURS = ("cross_entropy", "channel_decoupling", "distribution_alignment", "inverse_propensity", "low_rank_projection",
+        "pair_alignment", "subgroup_norm")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -33,6 +34,7 @@ def test_settings_are_a_structured_config(name):
         ("distribution_alignment", {"bandwidth": True}),
         ("distribution_alignment", {"average": "all"}),
         ("distribution_alignment", {"attributes": ["age"]}),
+        ("inverse_propensity", {"delay": 1.0}),
         ("channel_decoupling", {"attributes": []}),
         ("channel_decoupling", {"at": []}),
         ("channel_decoupling", {"at": [0.3, 0.2]}),
