@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     ablation.refuse_own(options.overrides)
     recipe = load(options.overrides, interventions()).recipe
     rows = chosen(ablation.rows_of(options.table, recipe.recipe, [*recipe.interventions]), options.rows)
-    out = Path(options.out or f"ablations/{recipe.recipe}")
+    out = Path(options.out or f"runs/ablation/{recipe.recipe}")
     # Tables over seeds have no use for intervals; evaluation.bootstrap=N on the command line comes later and wins.
     runs = {row.name: over_seeds(out, row.slug, ["evaluation.bootstrap=0", *options.overrides, *row.arguments],
                                  options.seeds) for row in rows}  # fmt: skip
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--table", metavar="NAME|FILE", help="rows of another recipe's table, or of your own")
-    parser.add_argument("--out", metavar="DIR", help="folder of the runs and tables; default: ablations/RECIPE")
+    parser.add_argument("--out", metavar="DIR", help="folder of the runs and tables; default: runs/ablation/RECIPE")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time; default: 2")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="local ranks of each run; default: 1")
     parser.add_argument("--dry-run", action="store_true", help="list rows, overrides and runs; train nothing")

@@ -9,7 +9,9 @@ from dist_fair.errors import DistFairError, nearest
 
 VERBS = {
     "train": "train a recipe on this machine's or this job's ranks",
-    "evaluate": "score data sets with a trained detector; tables of utility and fairness",
+    "evaluate": "score data sets with trained detectors; tables and pictures of utility and fairness",
+    "ablate": "train a recipe with and without its interventions, over seeds; one table",
+    "ace": "does fairness cause generalisation? plain against fair training, by group and capacity",
     "shards": "build, index and inspect data sets; draw the demo faces",
     "recipes": "list recipes, show one with where each value comes from",
 }
