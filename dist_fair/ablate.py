@@ -25,9 +25,10 @@ def main(arguments: list[str]) -> int:
     recipe = load(options.overrides, interventions()).recipe
     rows = chosen(ablation.rows_of(options.table, recipe.recipe, [*recipe.interventions]), options.rows)
     out = Path(options.out or f"runs/ablation/{recipe.recipe}")
-    # Tables over seeds have no use for intervals; evaluation.bootstrap=N on the command line comes later and wins.
-    runs = {row.name: over_seeds(out, row.slug, ["evaluation.bootstrap=0", *options.overrides, *row.arguments],
-                                 options.seeds) for row in rows}  # fmt: skip
+    # Tables over seeds have no use for intervals and pictures of each run; the command line comes later and wins.
+    plain = ["evaluation.bootstrap=0", "evaluation.figures=false"]
+    runs = {row.name: over_seeds(out, row.slug, [*plain, *options.overrides, *row.arguments], options.seeds)
+            for row in rows}  # fmt: skip
     by_seed = [run for same_seed in zip(*runs.values(), strict=True) for run in same_seed]
     if options.dry_run:
         check_all(by_seed)

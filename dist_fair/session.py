@@ -77,9 +77,10 @@ class Session:
     def _write_up(self, reports: Mapping[str, dict]) -> None:
         """Tables and figures. The numbers are on disk by now: a failure here must not end the run."""
         where = f"evaluation.json and predictions/ lie in {self.folder.path.resolve()}"
+        drawn = [*reports] if self.recipe.evaluation.figures else []
         try:
-            write_up(self.folder.path, [*reports])
-            say(f"evaluation.md, figures/, {where}")
+            write_up(self.folder.path, drawn)
+            say(f"evaluation.md, {'figures/, ' if drawn else ''}{where}")
         except Exception as error:
             say(f"warning: no tables and figures ({type(error).__name__}: {error}); {where}")
 

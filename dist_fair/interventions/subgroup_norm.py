@@ -68,8 +68,8 @@ class SubgroupNorm(Intervention):
         mixture   moments of all groups together, by how often the training plan draws each. Reads no attribute
         group     the running moments of the sample's own group; of the mixture, where it is unknown or was never seen
         none      features as they are
-    Before the first step with it mean and variance are 0 and 1: features stay as they are. Under gradient accumulation each micro-batch is a
-    batch of its own. No parameters: the classifier that follows has scale and shift.
+    Before the first step with it mean and variance are 0 and 1: features stay as they are. Under gradient accumulation
+    each micro-batch is a batch of its own. No parameters: the classifier that follows has scale and shift.
     """
 
     @dataclass

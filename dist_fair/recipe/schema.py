@@ -85,7 +85,9 @@ class DetectorSettings:
     name: str = setting("", "one of dist_fair's detectors or any timm model")
     pretrained: bool | str = setting(False, "true or a timm tag downloads weights; a path reads them")
     norm: str = setting("synced", "statistics of batch norm", choices=("synced", "local", "frozen"))
-    init_from: str | None = setting(None, "start from this run, checkpoint or file; not its classifier if the width differs")
+    init_from: str | None = setting(
+        None, "start from this run, checkpoint or file; not its classifier if the width differs"
+    )
     arguments: dict[str, Any] = setting({}, "further arguments of the model")
 
 
@@ -141,6 +143,7 @@ class Evaluation:
     at_end: bool = setting(True, "evaluate when training ends")
     batch_size: int = setting(64, "samples per forward pass over all ranks", least=1)
     bootstrap: int = setting(200, "resamples of videos behind each interval; 0: no intervals", least=0)
+    figures: bool = setting(True, "draw radar, scores and ROC of each set: about a second a set")
 
 
 @dataclass

@@ -17,11 +17,11 @@ def write_up(run: Path, datasets: Collection[str] | None = None) -> list[Path]:
     """Tables and figures of an evaluated run, into its own folder; returns the paths written.
 
     evaluation.md and evaluation.csv have every dataset of evaluation.json; figures/DATASET-{radar,scores,roc} are
-    drawn for `datasets`, all if not given. Raises DistFairError where a file is missing or does not fit.
+    drawn for `datasets`, all if not given, none if empty. Raises DistFairError where a file is missing or does not fit.
     """
     folder = RunFolder(run)
     results = folder.reports()
-    judged = read(folder.path, datasets)
+    judged = read(folder.path, datasets) if datasets is None or datasets else {}
     text = f"{_sources(results)}\n{evaluation_markdown(results)}\n{group_markdown(results)}"
     written = [_written(folder.path / "evaluation.md", text)]
     written.append(_written(folder.path / "evaluation.csv", evaluation_csv(results)))

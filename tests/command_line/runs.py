@@ -23,7 +23,7 @@ QUICK = [
     "checkpoint.every=10",
     "interventions.channel_decoupling.batch_size=50", "interventions.channel_decoupling.batches=2",
     "interventions.distribution_alignment.grid=32", "interventions.distribution_alignment.weight=0.1",
-    "evaluation.bootstrap=5", "evaluation.batch_size=24", "wandb.mode=disabled",
+    "evaluation.bootstrap=5", "evaluation.batch_size=24", "evaluation.figures=false", "wandb.mode=disabled",
     "detector.arguments={layers: [1, 1, 1, 1], channels: [16, 32, 64, 128]}",
 ]  # fmt: skip
 

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """Four steps of ERM, evaluated; tests only read it."""
     folder = tmp_path_factory.mktemp("run") / "erm"
-    assert cli.main([*ERM, f"data={data}", f"out={folder}"]) == 0
+    assert cli.main([*ERM, f"data={data}", f"out={folder}", "evaluation.figures=true"]) == 0
     return folder
 
 
@@ -126,7 +126,7 @@ def figures(*datasets):
 
 def test_a_finished_run_started_again_is_evaluated_and_not_trained(data, run, files, capsys):
     (run / "evaluation.json").unlink()
-    assert cli.main([*ERM, f"data={data}", f"out={run}"]) == 0
+    assert cli.main([*ERM, f"data={data}", f"out={run}", "evaluation.figures=true"]) == 0
     assert "train " not in capsys.readouterr().out  # `files` compares the rest, evaluation.json too
 
 
@@ -193,6 +193,15 @@ def test_init_from_starts_with_the_detector_of_another_run(data, run, files, tmp
     assert losses(tmp_path / "next")[0] != pytest.approx(losses(run)[0], rel=1e-3)
 
 
+def test_init_from_leaves_a_classifier_of_another_width(data, run, files, tmp_path):
+    projection = "+interventions.low_rank_projection={rank: 8}"
+    still = [*ERM, f"data={data}", f"detector.init_from={run}", "train.steps=1", "optimizer.lr=0", TRAINING_ONLY]
+    assert cli.main([*still, projection, f"out={tmp_path / 'next'}"]) == 0
+    before, after = final_model(run), final_model(tmp_path / "next")
+    assert torch.equal(before["detector.backbone.conv1.weight"], after["detector.backbone.conv1.weight"])
+    assert after["detector.classifier.weight"].shape == (2, 8)
+
+
 # Evaluating
 
 
@@ -205,9 +214,10 @@ def test_evaluate_a_run_on_one_data_set_keeps_the_others(run, files):
 def test_evaluate_a_checkpoint_into_a_folder(run, files, tmp_path, monkeypatch):
     monkeypatch.chdir(run / "checkpoints")
     out = tmp_path / "early"
-    assert cli.main(["evaluate", "step-00000002", "--out", str(out), "data.eval=[far]", "data.workers=1"]) == 0
+    settings = ["data.eval=[far]", "data.workers=1", "evaluation.figures=false"]
+    assert cli.main(["evaluate", "step-00000002", "--out", str(out), *settings]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "evaluation.json", "predictions", "evaluation.md", "evaluation.csv", "figures",
+        "evaluation.json", "predictions", "evaluation.md", "evaluation.csv"
     }  # fmt: skip
     report = json.loads((out / "evaluation.json").read_text())
     assert [*report] == ["far"]
@@ -244,7 +254,7 @@ def test_evaluate_two_runs_compares_them(run, files, tmp_path):
 
 def test_numbers_of_two_checkpoints_do_not_mix(run, files, tmp_path, capsys):
     first, last = (str(run / "checkpoints" / f"step-0000000{step}") for step in (2, 4))
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out"), "evaluation.figures=false"]
     assert cli.main(["evaluate", first, *out, "data.eval=[near]"]) == 0
     before = contents(tmp_path / "out")
     assert cli.main(["evaluate", last, *out, "data.eval=[far]"]) == 2

@@ -22,7 +22,7 @@ optimizer.name optimizer.lr optimizer.weight_decay optimizer.momentum optimizer.
 schedule.name schedule.warmup schedule.floor schedule.every schedule.factor
 checkpoint.every checkpoint.keep
 resume
-evaluation.at_end evaluation.batch_size evaluation.bootstrap
+evaluation.at_end evaluation.batch_size evaluation.bootstrap evaluation.figures
 wandb.mode wandb.project wandb.name wandb.tags
 log.every
 """.split()  # noqa: SIM905
