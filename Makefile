@@ -17,7 +17,7 @@ demo: install
 	$(LAUNCH) -m dist_fair.train recipe=sfd_gda out=runs/demo
 
 test: install
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(VENV)/bin/ruff check .

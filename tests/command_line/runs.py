@@ -67,6 +67,19 @@ def launch(ranks: int, module: str, *arguments: str) -> subprocess.CompletedProc
     return call(*command, "-m", module, *arguments)
 
 
+def on_ranks(worlds: tuple[int, ...], arguments: list[str], folder: Path) -> Path:
+    """The same run on each number of ranks, into FOLDER/W."""
+    for world in worlds:
+        succeed(launch(world, "dist_fair.train", *arguments, f"out={folder / str(world)}"))
+    return folder
+
+
+def with_bugs(bugs: tuple[str, ...], arguments: list[str], folder: Path) -> Path:
+    """The same run on two ranks with each bug of `planted` in turn, into FOLDER/BUG."""
+    succeed(launch(2, "tests.command_line.planted", str(folder), *bugs, "--", *arguments))
+    return folder
+
+
 def call(*command: str, **environment: str) -> subprocess.CompletedProcess:
     """A command, its output as text; one thread, no GPU."""
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}

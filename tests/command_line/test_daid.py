@@ -19,9 +19,11 @@ from tests.command_line.runs import (
     losses,
     metrics,
     norm_difference,
+    on_ranks,
     predictions,
     succeed,
-)  # fmt: skip
+    with_bugs,
+)
 
 RECIPE = ["recipe=daid", *QUICK_WITHOUT_METHODS, "interventions.low_rank_projection.rank=16",
           "interventions.pair_alignment.delay=0.2", "interventions.subgroup_norm.minimum=4",
@@ -40,17 +42,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for world in (1, 2, 4):
-        succeed(launch(world, "dist_fair.train", *RECIPE, f"data={data}", f"out={folder / str(world)}"))
-    return folder
+    return on_ranks((1, 2, 4), [*RECIPE, f"data={data}"], tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def planted(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    succeed(launch(2, "tests.command_line.planted", str(folder), *DAID, "--", *RECIPE, f"data={data}"))
-    return folder
+    return with_bugs(DAID, [*RECIPE, f"data={data}"], tmp_path_factory.mktemp("planted"))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -89,9 +86,7 @@ def test_stop_and_resume_on_other_ranks_is_the_undisturbed_run(data, runs, tmp_p
 
 @pytest.mark.parametrize("extra", [HARDEST, SFD_GDA], ids=["hardest pairs", "with SFD+GDA"])
 def test_in_fp64_variants_and_compositions_agree_too(data, tmp_path, extra):
-    for world in (1, 4):
-        arguments = [*RECIPE, *EXACT, *extra, f"data={data}", f"out={tmp_path / str(world)}"]
-        succeed(launch(world, "dist_fair.train", *arguments))
+    on_ranks((1, 4), [*RECIPE, *EXACT, *extra, f"data={data}"], tmp_path)
     assert difference(tmp_path / "1", tmp_path / "4") < 1e-10
     one, other = (predictions(tmp_path / str(world), "near")["score"] for world in (1, 4))
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-7)  # scores are kept in fp32

@@ -20,9 +20,11 @@ from tests.command_line.runs import (
     losses,
     metrics,
     norm_difference,
+    on_ranks,
     predictions,
     succeed,
-)  # fmt: skip
+    with_bugs,
+)
 
 RECIPE = ["recipe=sfd_gda", *QUICK]
 
@@ -34,17 +36,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for world in (1, 2, 4):
-        succeed(launch(world, "dist_fair.train", *RECIPE, f"data={data}", f"out={folder / str(world)}"))
-    return folder
+    return on_ranks((1, 2, 4), [*RECIPE, f"data={data}"], tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def planted(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    succeed(launch(2, "tests.command_line.planted", str(folder), *SFD_GDA, "--", *RECIPE, f"data={data}"))
-    return folder
+    return with_bugs(SFD_GDA, [*RECIPE, f"data={data}"], tmp_path_factory.mktemp("planted"))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -82,8 +79,7 @@ def test_predictions_are_the_same_file(runs, world, name):
 
 def test_in_fp64_a_network_with_kinks_agrees_too(data, tmp_path):
     exact = ["train.precision=fp64", "detector.arguments.smooth=false", "train.steps=24", "train.accumulate=2"]
-    for world in (1, 4):
-        succeed(launch(world, "dist_fair.train", *RECIPE, *exact, f"data={data}", f"out={tmp_path / str(world)}"))
+    on_ranks((1, 4), [*RECIPE, *exact, f"data={data}"], tmp_path)
     assert difference(tmp_path / "1", tmp_path / "4") < 1e-10
     one, other = (predictions(tmp_path / str(world), "near")["score"] for world in (1, 4))
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-7)  # scores are kept in fp32
