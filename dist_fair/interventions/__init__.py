@@ -2,20 +2,24 @@
 
 from dist_fair.interventions import (
     channel_decoupling,
+    conditional_value_at_risk,
     cross_entropy,
     distribution_alignment,
     inverse_propensity,
     low_rank_projection,
+    margin_loss,
     pair_alignment,
     subgroup_norm,
 )
 
 __all__ = [
     "channel_decoupling",
+    "conditional_value_at_risk",
     "cross_entropy",
     "distribution_alignment",
     "inverse_propensity",
     "low_rank_projection",
+    "margin_loss",
     "pair_alignment",
     "subgroup_norm",
 ]

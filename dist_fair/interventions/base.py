@@ -46,7 +46,10 @@ Summary = dict[str, Sum | Gather]
 
 @dataclass
 class Settings:
-    """Settings of an intervention: typed, with defaults, checked in __post_init__ of the subclass."""
+    """Settings of an intervention: typed, with defaults, checked in __post_init__ of the subclass.
+
+    A field with metadata={"inference": True} only matters in evaluation: `dist-fair evaluate` may change it.
+    """
 
 
 @dataclass

@@ -85,7 +85,7 @@ class SubgroupNorm(Intervention):
         minimum: int = 8
         momentum: float = MOMENTUM
         detach: bool = False
-        inference: str = "mixture"
+        inference: str = field(default="mixture", metadata={"inference": True})
 
         def __post_init__(self):
             super().__post_init__()

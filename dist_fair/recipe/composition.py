@@ -80,7 +80,7 @@ def read(path: str | Path, interventions: Mapping[str, type], arguments: Sequenc
     changed = _resolve(config, origins)
     if different := differences(stored.trajectory(), changed.trajectory()):
         raise DistFairError(f"{'; '.join(different)}: part of how {path.parent} was trained; only settings beside that "
-                            f"may change: {', '.join(FREE)}")  # fmt: skip
+                            f"may change: {', '.join([*FREE, *stored.inference()])}")  # fmt: skip
     return changed
 
 

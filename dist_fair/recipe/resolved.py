@@ -1,5 +1,6 @@
 """A recipe as it came out: typed, with where each value came from, printable, comparable."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -43,9 +44,10 @@ class Resolved:
         return lines
 
     def trajectory(self) -> dict[str, Any]:
-        """Dotted key -> value of all that shapes the trained detector; `schema.FREE` lists what does not."""
+        """Dotted key -> value of all that shapes the trained detector, which `schema.FREE` and `inference` do not."""
+        idle = (*FREE, *self.inference())
         kept = {key: value for key, value in flatten(self.values).items()
-                if not any(key == free or key.startswith(f"{free}.") for free in FREE)}  # fmt: skip
+                if not any(key == free or key.startswith(f"{free}.") for free in idle)}  # fmt: skip
         for key in _ORDERED:
             section: Any = self.values
             for name in key.split("."):
@@ -53,9 +55,18 @@ class Resolved:
             kept[key] = list(section)
         return kept
 
+    def inference(self) -> dict[str, Any]:
+        """Dotted key -> value of the interventions' settings that only matter in evaluation, marked in their fields."""
+        return {
+            f"interventions.{name}.{field.name}": getattr(settings, field.name)
+            for name, settings in self.recipe.interventions.items()
+            for field in dataclasses.fields(settings)
+            if field.metadata.get("inference")
+        }
+
     def fingerprint(self) -> str:
-        """SHA-256 of the trajectory, in hexadecimal: two runs with the same one are the same experiment."""
-        return hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hexadecimal, of trajectory and inference: with the same one two runs give the same scores."""
+        return hashlib.sha256(json.dumps(self.trajectory() | self.inference(), sort_keys=True).encode()).hexdigest()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -98,6 +98,18 @@ def test_in_fp64_variants_and_compositions_agree_too(data, tmp_path, extra):
         assert int((final_model(tmp_path / "4")["detector.channel_mask"] == 0).sum()) == 2
 
 
+def test_a_trained_run_can_be_judged_with_another_inference(runs, data, tmp_path):
+    key = "interventions.subgroup_norm.inference"
+    done = launch(1, "dist_fair.evaluate", str(runs / "2"), f"{key}=group", "data.eval=[near]", f"--out={tmp_path}")
+    succeed(done)
+    blind, group = (predictions(folder, "near")["score"] for folder in (runs / "2", tmp_path))
+    assert np.abs(np.subtract(blind, group)).max() > 1e-3
+    refused = launch(1, "dist_fair.evaluate", str(runs / "2"), "interventions.subgroup_norm.minimum=9")
+    assert refused.returncode != 0
+    assert "only settings beside that may change: recipe, out" in refused.stderr
+    assert key in refused.stderr
+
+
 def test_before_its_delay_an_intervention_is_as_if_left_out(data, tmp_path):
     arguments = ["recipe=erm", *QUICK_WITHOUT_METHODS, f"data={data}", "train.steps=8", "evaluation.at_end=false"]
     later = ["+interventions.inverse_propensity={delay: 0.5}", "+interventions.subgroup_norm={delay: 0.75}"]

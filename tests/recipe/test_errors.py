@@ -12,7 +12,7 @@ ARGUMENTS = [
     (["recipe=erm", "detector=resnet5"], "detector=resnet5: no such detector card: did you mean 'resnet50'?"),
     (["recipe=erm", "detector=qqq"], "any timm model: detector.name=NAME"),
     (["recipe=no/such.yaml"], "no/such.yaml cannot be read"),
-    ([], "recipe=NAME is missing; known: erm, gda"),
+    ([], "recipe=NAME is missing; known: dag_fdd, daid,"),
     # unknown keys
     (["recipe=erm", "train.stepz=3"], "unknown key train.stepz: did you mean 'train.steps'?"),
     (["recipe=erm", "+train.stepz=3"], "unknown key train.stepz: did you mean 'train.steps'?"),

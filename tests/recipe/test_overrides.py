@@ -91,7 +91,7 @@ def test_provenance(resolve):
     assert provenance["seed"] == "default"
     assert provenance["data.eval"] == "shards/demo.yaml"
     assert provenance["detector.name"] == "recipes/detector/resnet50.yaml"
-    assert provenance["optimizer.lr"] == "recipes/sfd_gda.yaml"
+    assert provenance["optimizer.lr"] == "recipes/erm.yaml"
     assert provenance["train.batch_size"] == "command line"
     assert provenance["interventions.distribution_alignment.bandwidth"] == "default"
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from dist_fair import recipes
 from dist_fair.errors import DistFairError
 from dist_fair.recipe.composition import load, read
 from dist_fair.recipe.resolved import differences, flatten
@@ -98,6 +99,13 @@ def test_another_experiment(resolve, plain, argument):
     assert plain.fingerprint() != after.fingerprint()
     changed = differences(plain.trajectory(), after.trajectory())
     assert any(line.startswith(argument.lstrip("+~").partition("=")[0].partition(".")[0]) for line in changed)
+
+
+def test_inference_is_no_part_of_training():
+    one, other = (load(["recipe=daid", f"interventions.subgroup_norm.inference={name}"], recipes.interventions())
+                  for name in ("none", "group"))  # fmt: skip
+    assert differences(one.trajectory(), other.trajectory()) == []
+    assert one.fingerprint() != other.fingerprint()  # the scores are others
 
 
 def test_order_counts(resolve):

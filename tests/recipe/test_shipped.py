@@ -45,7 +45,7 @@ def test_recipes_resolve_with_the_real_interventions(name):
     resolved = load([f"recipe={name}"], recipes.interventions())
     assert resolved.recipe.recipe == name
     assert resolved.recipe.out == f"runs/{name}"
-    assert "cross_entropy" in resolved.recipe.interventions
+    assert {"cross_entropy", "conditional_value_at_risk"} & {*resolved.recipe.interventions}
 
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in files() if pair[0] != "recipe"])
@@ -59,6 +59,20 @@ def test_files_are_short_and_say_what_they_are(group, name):
     text = (cards.shipped(cards.GROUPS[group]) / f"{name}.yaml").read_text()
     assert text.startswith("# ")
     assert len(text.splitlines()) <= 30
+
+
+@pytest.mark.parametrize("name", ["daid", "daid_xception", "daid_efficientnet_b4"])
+def test_constants_of_daid(name):
+    resolved = load([f"recipe={name}"], recipes.interventions())
+    interventions = resolved.values["interventions"]
+    assert interventions["pair_alignment"]["weight"] == 0.7
+    assert interventions["low_rank_projection"]["weight"] == 0.2
+    assert interventions["inverse_propensity"]["propensity"] == "product_marginals"
+    if name != "daid":
+        recipe = resolved.recipe
+        assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay) == ("adamw", 1e-3, 4e-3)
+        assert (recipe.train.batch_size, recipe.data.image_size) == (64, 224)
+        assert all(interventions[part].get("delay", 0) == 0 for part in interventions)
 
 
 @pytest.mark.parametrize("name", ["sfd_gda", "sfd_gda_xception", "sfd_gda_resnet50"])
