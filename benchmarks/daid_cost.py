@@ -34,6 +34,7 @@ from dist_fair.cli import guarded
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Column
+from dist_fair.data.window import Window
 from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.detectors.registry import register
@@ -64,7 +65,8 @@ def population() -> tuple[SimpleNamespace, np.ndarray]:
     attributes = {name: Column(values, rng.choice(len(values), LARGE, p=SHARES[name]).astype(np.int32))
                   for name, values in VALUES.items()}  # fmt: skip
     index = SimpleNamespace(attributes=attributes, manipulations=Column.unknown(LARGE))
-    return SimpleNamespace(index=index, frequencies=np.full(LARGE, 1 / LARGE)), rng.integers(0, 2, LARGE)
+    plan = SimpleNamespace(index=index, frequencies=np.full(LARGE, 1 / LARGE), specs=(), parts=(), batch_size=LARGE)
+    return plan, rng.integers(0, 2, LARGE)
 
 
 def made_batch(size: int, shape: Sequence[int], device: str = "cpu") -> Batch:
@@ -73,7 +75,7 @@ def made_batch(size: int, shape: Sequence[int], device: str = "cpu") -> Batch:
     codes = {name: torch.from_numpy(column.codes[:size]).long() for name, column in plan.index.attributes.items()}
     images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
     return Batch(images, torch.from_numpy(labels[:size]), codes, torch.full((size,), -1), torch.arange(size),
-                 torch.ones(size, dtype=torch.bool), (size,), 0).to(device)  # fmt: skip
+                 torch.ones(size, dtype=torch.bool), torch.arange(size), (size,), 0).to(device)  # fmt: skip
 
 
 def variant(arguments: Sequence[str], keep: Sequence[str] | None) -> Recipe:
@@ -93,17 +95,17 @@ def made_module(recipe: Recipe, comm: Communicator) -> TrainingModule:
 class GivenFeatures(Detector):
     """No backbone: images are features (B, 2048) already."""
 
-    def __init__(self, pretrained: bool | str, arguments: Mapping[str, object]):
+    def __init__(self, pretrained: bool | str, arguments: Mapping[str, object], needs: Mapping[str, int]):
         super().__init__(2048, 2048)
         self.classifier = nn.Linear(2048, 2)
 
-    def extract(self, images: torch.Tensor) -> Outputs:
+    def extract(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> Outputs:
         return Outputs(images.new_empty(len(images), 0), images.requires_grad_(), images[:, :, None, None])
 
     def resize_classifier(self, features: int) -> None:
         self.classifier = nn.Linear(features, 2)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
+    def classify(self, features: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         return self.classifier(features)
 
 
@@ -164,7 +166,7 @@ def training_step(recipe: Recipe, batch: Batch, device: str) -> Way:
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        module(batch, PROGRESS).loss.backward()
+        module(Window([batch]), PROGRESS).loss.backward()
         optimizer.step()
 
     return run
@@ -214,7 +216,7 @@ def count_on_rank(rank: int, world: int, folder: str) -> None:
             own = size // world
             batch = made_batch(size, (2048,)).rows(slice(rank * own, (rank + 1) * own), (own,) * world)
             comm.drain()
-            module(batch, PROGRESS).loss.backward()
+            module(Window([batch]), PROGRESS).loss.backward()
             found.append([method, size, {name: [count.calls, count.bytes] for name, count in comm.drain().items()}])
     if any(other != found for other in comm.objects(found, "counts")):
         raise DistFairError(f"wire: rank {rank} of {world} counts otherwise than another: {found}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_fair.data.batch import Batch
 from dist_fair.data.loading import Scoring, training_loader
+from dist_fair.data.window import canonical_order
 from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
@@ -86,7 +87,9 @@ class Training(Session):
         begun = self.start.step if self.start else 0
         stop = min(steps, begun + recipe.train.stop_after) if recipe.train.stop_after else steps
         saved = recipe.checkpoint
-        rhythm = Rhythm(steps, stop, recipe.train.accumulate, recipe.train.clip, saved.every, saved.keep)
+        train = recipe.train
+        order = canonical_order(self.parts.plan, train.accumulate, self.comm.world) if train.accumulate_exact else None
+        rhythm = Rhythm(steps, stop, train.accumulate, train.clip, saved.every, saved.keep, order)
         trainer = Trainer(
             self.module,
             self.optimizer,

@@ -15,6 +15,8 @@ class Batch:
     labels: (B,) int64, 0 real, 1 fake. attributes: name -> (B,) int64 codes, -1 unknown.
     manipulations: (B,) int64 codes into the index's manipulations, -1 none. samples: (B,) int64 index rows.
     valid: (B,) bool; False marks padding, which only evaluation has.
+    keys: (B,) int64, of (seed, epoch, sample): what is random about a row on the device is drawn from its key
+    (dist_fair.keyed_rows), so that ranks, steps and restarts do not change it.
     sizes: rows per rank of the global batch. position: number of the micro-batch since the start of training.
     """
 
@@ -24,6 +26,7 @@ class Batch:
     manipulations: torch.Tensor
     samples: torch.Tensor
     valid: torch.Tensor
+    keys: torch.Tensor
     sizes: tuple[int, ...]
     position: int
 
@@ -44,6 +47,7 @@ class Batch:
             manipulations=move(self.manipulations),
             samples=move(self.samples),
             valid=move(self.valid),
+            keys=move(self.keys),
         )
 
     def pin_memory(self) -> "Batch":
@@ -67,5 +71,6 @@ class Batch:
             manipulations=self.manipulations[chosen],
             samples=self.samples[chosen],
             valid=self.valid[chosen],
+            keys=self.keys[chosen],
             sizes=sizes,
         )

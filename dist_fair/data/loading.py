@@ -129,18 +129,20 @@ class Scoring:
             shuffled = keyed.permutation(len(self.rows), self.reader.seed, "scoring", *key, number)
             mine = self.rows[shuffled[bounds[self.rank] : bounds[self.rank + 1]]]
             read = self.reader.read(mine, np.zeros_like(mine))
-            item = _Read(number, torch.from_numpy(read.images), read.samples, read.samples >= 0)
+            keys = row_keys(self.reader.seed, np.zeros_like(mine), mine)
+            item = _Read(number, torch.from_numpy(read.images), read.samples, read.samples >= 0, keys)
             yield _batch(self.reader.index, item, sizes).to(self.device).normalised(self.mean, self.std)
 
 
 @dataclass
 class _Read:
-    """What travels from a worker: images, the rows they show, what was bad, or why there is nothing."""
+    """What travels from a worker: images, the rows they show, their keys, what was bad, or why there is nothing."""
 
     position: int
     images: torch.Tensor
     samples: np.ndarray
     valid: np.ndarray
+    keys: np.ndarray
     bad: list[BadSample] = field(default_factory=list)
     failure: str | None = None
 
@@ -159,7 +161,7 @@ class _Steps(Dataset):
             return self.read(position)
         except DistFairError as error:  # torch would send its traceback along and lose the text in it
             nothing = np.zeros(0, dtype=np.int64)
-            return _Read(position, torch.empty(0), nothing, nothing, failure=str(error))
+            return _Read(position, torch.empty(0), nothing, nothing, nothing, failure=str(error))
 
     def read(self, position: int) -> _Read:
         raise NotImplementedError
@@ -176,7 +178,8 @@ class _TrainingSteps(_Steps):
         read = self.reader.read(selection.samples, selection.epochs)
         if self.augmentation is not None:
             self._augment(read.images, selection)
-        return _Read(position, torch.from_numpy(read.images), read.samples, read.samples >= 0, read.bad)
+        keys = row_keys(self.plan.seed, selection.epochs, selection.samples)
+        return _Read(position, torch.from_numpy(read.images), read.samples, read.samples >= 0, keys, read.bad)
 
     def _augment(self, images: np.ndarray, selection: Selection) -> None:
         table = draws(self.plan.seed, selection.epochs, selection.samples)
@@ -192,7 +195,15 @@ class _EvaluationSteps(_Steps):
     def read(self, position: int) -> _Read:
         selection = self.plan[position]
         read = self.reader.read(selection.samples, selection.epochs, replace=False)
-        return _Read(position, torch.from_numpy(read.images), selection.samples, read.samples >= 0, read.bad)
+        keys = row_keys(self.reader.seed, selection.epochs, selection.samples)
+        valid = read.samples >= 0
+        return _Read(position, torch.from_numpy(read.images), selection.samples, valid, keys, read.bad)
+
+
+def row_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """The random key of each row, (B,) int64: a function of (seed, epoch, sample) alone."""
+    rows = zip(epochs.tolist(), samples.tolist(), strict=True)
+    return np.array([keyed.integer(seed, "row", epoch, sample) for epoch, sample in rows], dtype=np.int64)
 
 
 def _batch(index: Index, read: _Read, sizes: tuple[int, ...]) -> Batch:
@@ -209,6 +220,7 @@ def _batch(index: Index, read: _Read, sizes: tuple[int, ...]) -> Batch:
         manipulations=column(index.manipulations.codes, -1),
         samples=torch.from_numpy(read.samples),
         valid=torch.from_numpy(read.valid),
+        keys=torch.from_numpy(read.keys),
         sizes=sizes,
         position=read.position,
     )

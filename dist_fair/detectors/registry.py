@@ -9,13 +9,13 @@ from dist_fair.detectors.norm import convert_norms
 from dist_fair.detectors.timm_backbone import build_timm
 from dist_fair.errors import DistFairError
 
-Factory = Callable[[bool | str, Mapping[str, object]], Detector]
+Factory = Callable[[bool | str, Mapping[str, object], Mapping[str, int]], Detector]
 
 _registry: dict[str, Factory] = {}
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
-    """Makes a detector known to recipes: the decorated class or function is called as (pretrained, arguments)."""
+    """Makes a detector known to recipes: the class or function is called as (pretrained, arguments, needs)."""
 
     def add(factory: Factory) -> Factory:
         _registry[name] = factory
@@ -30,19 +30,26 @@ def registered() -> dict[str, Factory]:
 
 
 def build_detector(
-    name: str, pretrained: bool | str, norm: str, arguments: Mapping[str, object], comm: Communicator
+    name: str,
+    pretrained: bool | str,
+    norm: str,
+    arguments: Mapping[str, object],
+    comm: Communicator,
+    needs: Mapping[str, int] | None = None,
 ) -> Detector:
     """The detector of a recipe, with the same weights on every rank. Called on all ranks.
 
     name: a registered detector or a timm model (unknown names: nearest known). pretrained: False, True (timm's default
     weights), a timm tag, or a file (see dist_fair.detectors.weights). norm: see convert_norms. arguments: passed on.
+    needs: the extras that interventions read -> the number of classes of those that are logits, else 0. A detector has
+    the parts for these and no others: every parameter takes part in the loss.
     Random weights come from torch's generator: the caller seeds it alike on all ranks. Raises DistFairError on every
     rank if any rank cannot build it, or if the ranks end up with different weights.
     """
     detector, problem = None, ""
     try:
         if name in _registry:
-            detector = _registry[name](pretrained, arguments)
+            detector = _registry[name](pretrained, arguments, needs or {})
         else:
             detector = build_timm(name, pretrained, arguments, [*_registry])
         convert_norms(detector, norm, comm)

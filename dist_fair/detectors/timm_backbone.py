@@ -41,14 +41,14 @@ class TimmDetector(Detector):
         self.pixel_mean = tuple(backbone.pretrained_cfg.get("mean", (0.5, 0.5, 0.5)))
         self.pixel_std = tuple(backbone.pretrained_cfg.get("std", (0.5, 0.5, 0.5)))
 
-    def extract(self, images: torch.Tensor) -> Outputs:
+    def extract(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> Outputs:
         images = images.to(self.classifier.weight.dtype)
         feature_map = self.adjust(last_map(self.backbone, images))
         feature_map = feature_map * self.channel_mask.to(feature_map.dtype)[:, None, None]
         features = feature_map.mean(dim=(2, 3), dtype=_full_precision(feature_map))
         return Outputs(features.new_empty((len(features), 0)), features, feature_map)
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
+    def classify(self, features: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         logits = self.classifier(features)
         return logits.to(_full_precision(logits))
 

@@ -12,12 +12,13 @@ from dist_fair import keyed
 from dist_fair.collectives import Communicator
 from dist_fair.data.index import INDEX_NAME, Index, read_index
 from dist_fair.data.plan import TapeSpec, TrainingPlan
+from dist_fair.data.window import paired
 from dist_fair.demographics import Groups
 from dist_fair.detectors import build_detector
 from dist_fair.engine import checkpoint
 from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError, nearest
-from dist_fair.interventions.base import Facts, Settings, build
+from dist_fair.interventions.base import Facts, Settings, build, registered
 from dist_fair.recipe.schema import Data, DetectorSettings, Recipe
 
 
@@ -136,9 +137,15 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
     """Detector and interventions of a recipe, initialised from the seed."""
     torch.manual_seed(keyed.integer(recipe.seed, "detector"))
     chosen = recipe.detector
-    detector = build_detector(chosen.name, chosen.pretrained, chosen.norm, chosen.arguments, comm)
+    needs = extras_needed(recipe, plan.index)
+    detector = build_detector(chosen.name, chosen.pretrained, chosen.norm, chosen.arguments, comm, needs)
+    for extra in needs:
+        if extra not in detector.offers:
+            raise DistFairError(f"an intervention reads '{extra}', which detector.name={chosen.name} does not give "
+                                f"({', '.join(detector.offers) or 'it gives none'}): detector.name=pg_fdd does; or "
+                                "leave the intervention out")  # fmt: skip
     torch.manual_seed(keyed.integer(recipe.seed, "interventions"))
-    facts = Facts(plan.index, plan.frequencies, seed=recipe.seed, steps=steps, channels=detector.channels)
+    facts = Facts(plan.index, plan.frequencies, recipe.seed, steps, detector.channels, paired(plan))
     settings: dict[str, Settings] = recipe.interventions
     interventions, width = build(settings, facts, detector.features)
     if not any(part.terms for part in interventions.values()):
@@ -150,6 +157,17 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
     if chosen.init_from:
         load_detector(module, chosen)
     return module
+
+
+def extras_needed(recipe: Recipe, index: Index) -> dict[str, int]:
+    """What the interventions of a recipe need of the detector's extras; see `Intervention.needs`."""
+    needs: dict[str, int] = {}
+    for name, settings in recipe.interventions.items():
+        for extra, classes in registered()[name].needs(settings, index).items():
+            if needs.setdefault(extra, classes) != classes:
+                raise DistFairError(f"interventions.{name} wants {classes} classes of '{extra}', another one "
+                                    f"{needs[extra]}: give both the same attributes")  # fmt: skip
+    return needs
 
 
 def load_detector(module: TrainingModule, settings: DetectorSettings) -> None:

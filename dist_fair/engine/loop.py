@@ -6,7 +6,7 @@ key, the learning rate and the weights from t. So a run that stops after any ste
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from dist_fair import keyed
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
+from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint
 from dist_fair.engine.module import Losses, TrainingModule
 from dist_fair.errors import DistFairError
@@ -33,6 +34,7 @@ class Rhythm:
 
     steps: of the whole run. stop: where this invocation ends. accumulate: micro-batches per step. clip: the largest
     global gradient norm or None. save_every: steps between checkpoints or None (only at the end). keep: checkpoints.
+    exact: None, or the order of a step's rows (see Window) that makes its micro-batches one batch to the objectives.
     """
 
     steps: int
@@ -41,6 +43,7 @@ class Rhythm:
     clip: float | None
     save_every: int | None
     keep: int
+    exact: torch.Tensor | None = None
 
 
 class Trainer:
@@ -104,50 +107,61 @@ class Trainer:
 
     def _step(self, stream: Iterator[Batch]) -> Values:
         began = time.perf_counter()
-        waited, rows, history = 0.0, 0, []
         torch.manual_seed(keyed.integer(self.seed, "step", self.step, self.comm.rank))
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(self.rhythm.accumulate):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
-            rows += sum(batch.sizes)
-            last = micro == self.rhythm.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(batch, self.step / self.rhythm.steps)
-                self.accelerator.backward(losses.loss / self.rhythm.accumulate)
-            history.append((batch, losses))
+        asked = time.perf_counter()
+        batches = [next(stream) for _ in range(self.rhythm.accumulate)]
+        waited = time.perf_counter() - asked
+        history = self._backward(batches)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.rhythm.clip or math.inf)
         values = self._read(history, norm)
         self._stop_if_not_finite(values, history)
         self.optimizer.step()
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         seconds = time.perf_counter() - began
+        rows = sum(sum(batch.sizes) for batch in batches)
         values["samples_per_second"], values["data_wait"] = rows / seconds, waited / seconds
         for name, count in self.comm.drain().items():
             values[f"calls/{name}"], values[f"bytes/{name}"] = count.calls, count.bytes
         return values
 
-    def _read(self, history: list[tuple[Batch, Losses]], norm: torch.Tensor | float) -> Values:
-        """Means over micro-batches as Python numbers: the step's only wait for the device."""
-        every = [losses for _, losses in history]
-        names = [name for name, value in every[0].numbers.items() if value is not None]
-        columns = [[losses.loss.detach(), *(losses.numbers[name] for name in names)] for losses in every]
+    def _backward(self, batches: Sequence[Batch]) -> list[Losses]:
+        """Adds the gradients of a step's loss to the parameters', averaged over ranks; one Losses per window."""
+        windows, progress = self._windows(batches), self.step / self.rhythm.steps
+        history = []
+        for window in windows:
+            with nullcontext() if window is windows[-1] else self.accelerator.no_sync(self.wrapped):
+                losses = self.wrapped(window, progress)
+                self.accelerator.backward(losses.loss / len(windows))
+            history.append(losses)
+        return history
+
+    def _windows(self, batches: Sequence[Batch]) -> list[Window]:
+        """The step's micro-batches, together where the objectives look at all of them; means are added up as cheaply
+        one by one."""
+        if self.rhythm.exact is not None and self.module.couples(self.step / self.rhythm.steps):
+            return [Window(batches, self.rhythm.exact)]
+        return [Window([batch]) for batch in batches]
+
+    def _read(self, history: Sequence[Losses], norm: torch.Tensor | float) -> Values:
+        """Means over windows as Python numbers: the step's only wait for the device."""
+        names = [name for name, value in history[0].numbers.items() if value is not None]
+        columns = [[losses.loss.detach(), *(losses.numbers[name] for name in names)] for losses in history]
         table = torch.stack([torch.stack([value.double() for value in row]) for row in columns]).mean(dim=0)
         loss, *numbers = table.tolist()
-        values: Values = {"loss": loss} | dict.fromkeys(every[0].numbers) | dict(zip(names, numbers, strict=True))
+        values: Values = {"loss": loss} | dict.fromkeys(history[0].numbers) | dict(zip(names, numbers, strict=True))
         values["gradient_norm"] = float(norm)
         return values
 
-    def _stop_if_not_finite(self, values: Values, history: list[tuple[Batch, Losses]]) -> None:
+    def _stop_if_not_finite(self, values: Values, history: Sequence[Losses]) -> None:
         """All ranks see the same loss and norm, so all stop at the same step; each names its own samples."""
         if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
             return
         own = [
             self.describe(int(sample))
-            for batch, losses in history
-            for sample in batch.samples[~losses.logits.isfinite().all(dim=1)]
+            for losses in history
+            for sample in losses.samples[~losses.logits.isfinite().all(dim=1)]
         ]
         names = [name for part in self.comm.objects(own, "non-finite samples") for name in part]
         found = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")

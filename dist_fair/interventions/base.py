@@ -23,6 +23,7 @@ from torch import nn
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
+from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.errors import DistFairError, nearest
 
@@ -90,7 +91,7 @@ class Facts:
 
     index: the training data, sample by sample. frequencies: (N,) fp64, how often each of its samples is drawn, as a
     part of all draws of the run (they sum to 1): the tapes may leave samples out or draw some more often than others.
-    seed, steps: of the run. channels: C of the feature map.
+    seed, steps: of the run. channels: C of the feature map. paired: whether each rank has as many reals as fakes.
     """
 
     index: Index
@@ -98,6 +99,21 @@ class Facts:
     seed: int
     steps: int
     channels: int
+    paired: bool = False
+
+    def groups(self, attributes: Sequence[str]) -> Groups:
+        """The groups that attributes of the training data form."""
+        return groups_of(attributes, self.index)
+
+    def drawn(self, groups: Groups) -> np.ndarray:
+        """How often each group is drawn, as a part of all draws, (G,) fp64."""
+        codes = groups.codes({name: self.index.attributes[name].codes for name in groups.attributes})
+        return np.bincount(codes + 1, self.frequencies, len(groups) + 1)[1:]
+
+
+def groups_of(attributes: Sequence[str], index: Index) -> Groups:
+    """The groups that attributes of some data form."""
+    return Groups.of(attributes, {name: column.values for name, column in index.attributes.items()})
 
 
 class ScoringData(Protocol):
@@ -114,20 +130,34 @@ class Intervention(nn.Module):
     width: the number of features that leave `transform`, given those that enter.
     terms: the names of the terms that `objective` gives, so that a log has a place for them while their weight is 0.
     measures: the names of further numbers that `objective` gives, which are logged and do not enter the loss.
+    couples: whether it looks at samples together, so that a batch's loss is not the mean of those of its equal parts.
+    reads: the extras of the detector's outputs that it needs. It always runs, if with weight 0: the parts of the
+    detector that make them have no other loss, and DDP wants a gradient for every parameter.
     """
 
     terms: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[tuple[str, ...]] = ()
+    couples: bool = True
     Settings: ClassVar[type[Settings]] = Settings
     settings: Settings
+
+    @classmethod
+    def needs(cls, settings: Settings, index: Index) -> dict[str, int]:
+        """The extras of the detector that it reads: name -> number of classes of logits, 0 for what has none."""
+        return {}
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__()
         self.settings, self.width = settings, features
+        self.reads = tuple(self.needs(settings, facts.index))
 
     def begun(self, progress: float) -> bool:
         """Whether `transform` and `weigh` act at `progress`, the part of the run that is done, in [0, 1)."""
         return not isinstance(self.settings, Delayed) or progress >= self.settings.delay
+
+    def acts(self, progress: float) -> bool:
+        """Whether the step at `progress` would be another one without it; a scheduled restructuring left aside."""
+        return self.weight(progress) > 0 if isinstance(self.settings, Weighted) else self.begun(progress)
 
     def weight(self, progress: float) -> float:
         """The weight of the terms at `progress`, the part of the run that is done, in [0, 1)."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_fair.collectives import Communicator
-from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Detector
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Intervention, ScoringData, Settings, register
@@ -68,12 +67,12 @@ class ChannelDecoupling(Intervention):
             if self.keep not in KEEPS:
                 raise DistFairError(f"{place}keep={self.keep}: one of {', '.join(KEEPS)}")
 
+    couples = False
     settings: Settings
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        vocabulary = {name: column.values for name, column in facts.index.attributes.items()}
-        self.groups, self.seed = Groups.of(settings.attributes, vocabulary), facts.seed
+        self.groups, self.seed = facts.groups(settings.attributes), facts.seed
         self.steps: list[int] = []  # before which an iteration happens; in a short run, one step apart at least
         for part in settings.at:
             self.steps.append(max(round(part * facts.steps), self.steps[-1] + 1 if self.steps else 0))

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from dist_fair.data.batch import Batch
-from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Gather, Intervention, Summary, Weighted, register
@@ -77,8 +76,7 @@ class ConditionalValueAtRisk(Intervention):
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        vocabulary = {name: column.values for name, column in facts.index.attributes.items()}
-        self.groups = Groups.of(settings.attributes, vocabulary) if settings.attributes else None
+        self.groups = facts.groups(settings.attributes) if settings.attributes else None
         if self.groups is not None and len(self.groups) < 2:
             raise DistFairError(f"conditional_value_at_risk: the data has {len(self.groups)} value of "
                                 f"{self.groups.label}, so there is no worst group: name other attributes, or "

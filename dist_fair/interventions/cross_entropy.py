@@ -45,6 +45,10 @@ class CrossEntropy(Intervention):
 
     settings: Settings
 
+    @property
+    def couples(self) -> bool:
+        return self.settings.reduction != "mean"
+
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Per class, (2, 3): sums of w l, of w and of 1."""
         logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dist_fair.data.batch import Batch
-from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Gather, Intervention, Sum, Summary, Weighted, register
@@ -73,8 +72,7 @@ class DistributionAlignment(Intervention):
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        vocabulary = {name: column.values for name, column in facts.index.attributes.items()}
-        self.groups = Groups.of(settings.attributes, vocabulary)
+        self.groups = facts.groups(settings.attributes)
         self.gathers = settings.support == "samples" or settings.bandwidth == "silverman"
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:

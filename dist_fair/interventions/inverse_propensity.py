@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from dist_fair.data.batch import Batch
-from dist_fair.demographics import Groups
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Delayed, Facts, Intervention, register
 
@@ -51,13 +50,13 @@ class InversePropensity(Intervention):
             if self.clip is not None and self.clip <= 1:
                 raise DistFairError(f"{place}clip={self.clip}: above 1, which is the mean weight, or null")
 
+    couples = False
     settings: Settings
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        columns = facts.index.attributes
-        groups = Groups.of(settings.attributes, {name: column.values for name, column in columns.items()})
-        codes = [columns[name].codes for name in groups.attributes]
+        groups = facts.groups(settings.attributes)
+        codes = [facts.index.attributes[name].codes for name in groups.attributes]
         shape = [len(values) for values in groups.values]
         table = self._table(codes, facts.frequencies, shape)
         # Made anew from the plan by whoever builds the recipe: not a part of checkpoints.

@@ -58,6 +58,7 @@ class LowRankProjection(Intervention):
                 raise DistFairError(f"{place}hard=true, weight={self.weight}: U is orthonormal by construction, so the "
                                     "term has no effect: set weight=0, or hard=false")  # fmt: skip
 
+    couples = False
     settings: Settings
 
     def __init__(self, settings: Settings, facts: Facts, features: int):

@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional
 
 from dist_fair.data.batch import Batch
-from dist_fair.demographics import Groups
+from dist_fair.data.index import Index
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
-from dist_fair.interventions.base import Facts, Intervention, Sum, Summary, Weighted, register
+from dist_fair.interventions.base import Facts, Intervention, Sum, Summary, Weighted, groups_of, register
 
 LOGITS = "demographic_logits"
 
@@ -50,12 +50,14 @@ class MarginLoss(Intervention):
 
     settings: Settings
 
+    @classmethod
+    def needs(cls, settings: Settings, index: Index) -> dict[str, int]:
+        return {LOGITS: len(groups_of(settings.attributes, index))}
+
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        columns = facts.index.attributes
-        self.groups = Groups.of(settings.attributes, {name: column.values for name, column in columns.items()})
-        codes = self.groups.codes({name: columns[name].codes for name in self.groups.attributes})
-        drawn = np.bincount(codes[codes >= 0], facts.frequencies[codes >= 0], len(self.groups))
+        self.groups = facts.groups(settings.attributes)
+        drawn = facts.drawn(self.groups)
         if (drawn > 0).sum() < 2:
             raise DistFairError(f"margin_loss: attributes={list(settings.attributes)}: training draws samples of "
                                 f"{(drawn > 0).sum()} group, there is nothing to tell apart; name other "
@@ -77,14 +79,7 @@ class MarginLoss(Intervention):
 
     def _logits(self, outputs: Outputs) -> torch.Tensor:
         """The detector's, (B, G), in fp32 at least."""
-        if LOGITS not in outputs.extras:
-            raise DistFairError(f"margin_loss: this detector gives no {LOGITS}: choose one with a head for "
-                                "demographics (detector=pg_fdd), or leave the intervention out")  # fmt: skip
         logits = outputs.extras[LOGITS]
-        if logits.shape[1] != len(self.groups):
-            raise DistFairError(f"margin_loss: attributes={list(self.settings.attributes)} form {len(self.groups)} "
-                                f"groups, the detector's {LOGITS} have {logits.shape[1]}: give both the same "
-                                "attributes")  # fmt: skip
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_fair.data.batch import Batch
-from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Gather, Intervention, Sum, Summary, Weighted, register
@@ -82,13 +81,12 @@ class PairAlignment(Intervention):
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        vocabulary = {name: column.values for name, column in facts.index.attributes.items()}
-        self.contrast, self.agreeing = Groups.of(settings.attributes, vocabulary), None
+        self.contrast, self.agreeing = facts.groups(settings.attributes), None
         if settings.pairs.startswith(OPPOSITE):
             opposite = settings.pairs.removeprefix(OPPOSITE)
             others = [name for name in settings.attributes if name != opposite]
-            self.contrast = Groups.of([opposite], vocabulary)
-            self.agreeing = Groups.of(others, vocabulary) if others else None
+            self.contrast = facts.groups([opposite])
+            self.agreeing = facts.groups(others) if others else None
         if len(self.contrast) < 2:
             raise DistFairError(f"pair_alignment: the data has one value of {self.contrast.label} only, so no two "
                                 "samples differ; name other attributes")  # fmt: skip

@@ -20,12 +20,10 @@ step c is 0, and sigma2 loses 1e-16 mean^2 / sigma2: 1e-8 at mean 1e4 and varian
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
-from dist_fair.demographics import Groups
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Delayed, Facts, Intervention, register
 
@@ -106,10 +104,8 @@ class SubgroupNorm(Intervention):
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        columns = facts.index.attributes
-        self.groups = Groups.of(settings.attributes, {name: column.values for name, column in columns.items()})
-        codes = self.groups.codes({name: columns[name].codes for name in self.groups.attributes})
-        drawn = np.bincount(codes + 1, facts.frequencies, len(self.groups) + 1)[1:, None]
+        self.groups = facts.groups(settings.attributes)
+        drawn = facts.drawn(self.groups)[:, None]
         if not drawn.any():
             raise DistFairError(f"subgroup_norm: attributes={settings.attributes}: no training sample has a known "
                                 "value of each; name other attributes")  # fmt: skip

@@ -100,6 +100,7 @@ class Train:
     stop_after: int | None = setting(None, "stop this invocation, checkpointed, after so many steps", least=1)
     batch_size: int = setting(32, "samples per step over all ranks", least=1)
     accumulate: int = setting(1, "a step is made of so many smaller batches", least=1)
+    accumulate_exact: bool = setting(False, "objectives see the smaller batches as one; the detector runs twice")
     precision: str = setting("fp32", "bf16: of the detector alone; fp64: for proofs", choices=("fp32", "bf16", "fp64"))
     backend: str = setting("ddp", "how ranks share the work", choices=("ddp",))
     ranks: int | None = setting(None, "stop unless launched with so many ranks", least=1)
@@ -229,6 +230,8 @@ def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
         raise DistFairError(f"{say('train.steps')} and {say('train.epochs')}: give one of the two, the other null")
     if train.batch_size % train.accumulate:
         raise DistFairError(f"{say('train.accumulate')} does not divide {say('train.batch_size')}")
+    if train.accumulate_exact and train.accumulate == 1:
+        raise DistFairError(f"{say('train.accumulate_exact')} has no effect with train.accumulate=1")
     if data.lanes and (train.batch_size // train.accumulate) % data.lanes:
         raise DistFairError(f"{say('data.lanes')} does not divide train.batch_size / train.accumulate "
                             f"= {train.batch_size // train.accumulate}")  # fmt: skip

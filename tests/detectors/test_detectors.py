@@ -135,11 +135,11 @@ def test_pretrained_from_files(tmp_path):
 
 
 class Tiny(Detector):
-    def __init__(self, pretrained, arguments):
+    def __init__(self, pretrained, arguments, needs):
         super().__init__(4, 4)
         self.convolution, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
-    def extract(self, images):
+    def extract(self, images, keys=None):
         feature_map = self.norm(self.convolution(images)).relu() * self.channel_mask[:, None, None]
         features = feature_map.mean((2, 3))
         return Outputs(features.new_empty((len(features), 0)), features, feature_map)

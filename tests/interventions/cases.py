@@ -70,6 +70,7 @@ def batch(size, seed=0, kind="usual"):
         manipulations=torch.full((size,), -1),
         samples=torch.arange(size),
         valid=torch.ones(size, dtype=torch.bool),
+        keys=torch.arange(size),
         sizes=(size,),
         position=0,
     )

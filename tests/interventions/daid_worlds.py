@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_fair.collectives import Communicator
 from dist_fair.data.index import Column
+from dist_fair.data.window import Window
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.engine.module import TrainingModule
 from dist_fair.interventions import pair_alignment, pairs
@@ -78,10 +79,10 @@ class Flat(Detector):
         self.matrix = nn.Parameter(matrix.contiguous())
         self.classifier = nn.Parameter(torch.randn(width, 2, generator=random, dtype=torch.float64))
 
-    def extract(self, images):
+    def extract(self, images, keys=None):
         return Outputs(images.new_zeros(len(images), 0), images @ self.matrix, images.new_zeros(0))
 
-    def classify(self, features):
+    def classify(self, features, keys=None):
         return features @ self.classifier
 
 
@@ -102,7 +103,7 @@ def step(comm, case, kind, sizes, projection=(), bug=None):
     rows = parts(sizes)[comm.rank]
     model = module(comm, case, projection)
     scale = (BUGS[bug](comm, model) if bug else None) or 1.0
-    loss = model(replace(whole, images=features).rows(rows, tuple(sizes)), 0.0).loss
+    loss = model(Window([replace(whole, images=features).rows(rows, tuple(sizes))]), 0.0).loss
     (loss * scale).backward()
     gradients = {}
     for name, parameter in model.named_parameters():

@@ -56,7 +56,7 @@ def train(comm, settings, sizes, bug="nothing"):
     """
     norm, (before, after) = build(settings).train(), matrices()
     BUGS[bug](comm, norm)
-    objective = cross_entropy.CrossEntropy(cross_entropy.CrossEntropy.Settings(), None, WIDTH)
+    objective = cross_entropy.CrossEntropy(cross_entropy.CrossEntropy.Settings(), SimpleNamespace(index=None), WIDTH)
     found = {}
     for step in range(len(STEPS)):
         whole, features, weights = step_batch(step)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dist_fair.data.index import Column
 from dist_fair.errors import DistFairError
-from dist_fair.interventions.margin_loss import margins
+from dist_fair.interventions.margin_loss import MarginLoss, margins
 from tests.interventions import reference_pg_fdd
 from tests.interventions.cases import VOCABULARY, combine, parts
 from tests.interventions.pg_fdd_worlds import (
@@ -202,11 +202,7 @@ def test_data_without_groups_to_tell_apart():
         build((MARGIN, {"attributes": ["gender"]}), one, np.array([0.5, 0.5, 0, 0]))
 
 
-def test_a_detector_without_the_head():
-    whole, images, weights = batch()
-    outputs = heads("margin")(images)
-    with pytest.raises(DistFairError, match="form 3 groups, the detector's demographic_logits have 6"):
-        build("margin, one attribute").summarise(outputs, whole, weights)
-    outputs.extras.clear()
-    with pytest.raises(DistFairError, match="this detector gives no demographic_logits"):
-        build("margin").summarise(outputs, whole, weights)
+def test_it_asks_for_a_head_with_a_class_per_group():
+    settings = MarginLoss.Settings()
+    assert MarginLoss.needs(settings, index()) == {"demographic_logits": 6}
+    assert build("margin").reads == ("demographic_logits",)

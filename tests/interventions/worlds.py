@@ -59,7 +59,7 @@ class Small(Detector):
         self.norm.weight.data[3], self.norm.bias.data[3] = 0, -1
         self.double()
 
-    def extract(self, images):
+    def extract(self, images, keys=None):
         maps = self.norm(self.convolution(images)).relu() * self.channel_mask[:, None, None]
         return Outputs(maps.new_zeros(len(maps), 0), maps.mean((2, 3)), maps)
 

@@ -16,7 +16,8 @@ data.augment.flip data.augment.shift data.augment.brightness data.augment.contra
 data.augment.jpeg data.augment.jpeg_quality
 detector.name detector.pretrained detector.norm detector.init_from detector.arguments
 interventions
-train.steps train.epochs train.stop_after train.batch_size train.accumulate train.precision train.backend train.ranks
+train.steps train.epochs train.stop_after train.batch_size train.accumulate train.accumulate_exact
+train.precision train.backend train.ranks
 train.clip
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.momentum optimizer.arguments
 schedule.name schedule.warmup schedule.floor schedule.every schedule.factor
