@@ -29,7 +29,7 @@ class Window:
         return columns[0] if self.order is None else torch.cat([*columns])[self.order.to(columns[0].device)]
 
     def merged(self) -> Batch:
-        """The micro-batches as one batch."""
+        """The micro-batches as one batch, in all that a batch is: the one that a plan without accumulation gives."""
         if self.order is None:
             return self.batches[0]
         first = self.batches[0]
@@ -39,7 +39,8 @@ class Window:
             name: self.arranged([batch.attributes[name] for batch in self.batches]) for name in first.attributes
         }
         sizes = tuple(sum(parts) for parts in zip(*(batch.sizes for batch in self.batches), strict=True))
-        return replace(first, **rows, attributes=attributes, sizes=sizes)
+        position = first.position // len(self.batches)
+        return replace(first, **rows, attributes=attributes, sizes=sizes, position=position)
 
 
 def paired(plan: TrainingPlan) -> bool:

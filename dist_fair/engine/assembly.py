@@ -16,6 +16,7 @@ from dist_fair.data.window import paired
 from dist_fair.demographics import Groups
 from dist_fair.detectors import build_detector
 from dist_fair.engine import checkpoint
+from dist_fair.engine.accumulation import refuse_batch_statistics
 from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError, nearest
 from dist_fair.interventions.base import Facts, Settings, build, registered
@@ -108,10 +109,10 @@ def training_plan(recipe: Recipe, index: Index) -> TrainingPlan:
 
 
 def total_steps(recipe: Recipe, plan: TrainingPlan) -> int:
-    """Optimizer steps of the whole run: train.steps, or train.epochs in steps, rounded up."""
+    """Optimizer steps of the whole run: train.steps, or train.epochs in steps, rounded up; whatever accumulate is."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return math.ceil(recipe.train.epochs * plan.steps_per_epoch / recipe.train.accumulate)
+    return math.ceil(recipe.train.epochs * math.ceil(plan.steps_per_epoch / recipe.train.accumulate))
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
             raise DistFairError(f"an intervention reads '{extra}', which detector.name={chosen.name} does not give "
                                 f"({', '.join(detector.offers) or 'it gives none'}): detector.name=pg_fdd does; or "
                                 "leave the intervention out")  # fmt: skip
+    refuse_batch_statistics(recipe, detector)
     torch.manual_seed(keyed.integer(recipe.seed, "interventions"))
     facts = Facts(plan.index, plan.frequencies, recipe.seed, steps, detector.channels, paired(plan))
     settings: dict[str, Settings] = recipe.interventions
