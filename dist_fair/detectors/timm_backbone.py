@@ -34,9 +34,7 @@ class TimmDetector(Detector):
         width = adjust_channels or channels
         super().__init__(width, width)
         self.backbone = backbone
-        self.adjust = nn.Identity()
-        if adjust_channels:
-            self.adjust = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.adjust = adjustment(channels, width) if adjust_channels else nn.Identity()
         self.classifier = nn.Linear(width, 2)
         self.pixel_mean = tuple(backbone.pretrained_cfg.get("mean", (0.5, 0.5, 0.5)))
         self.pixel_std = tuple(backbone.pretrained_cfg.get("std", (0.5, 0.5, 0.5)))
@@ -45,52 +43,63 @@ class TimmDetector(Detector):
         images = images.to(self.classifier.weight.dtype)
         feature_map = self.adjust(last_map(self.backbone, images))
         feature_map = feature_map * self.channel_mask.to(feature_map.dtype)[:, None, None]
-        features = feature_map.mean(dim=(2, 3), dtype=_full_precision(feature_map))
+        features = feature_map.mean(dim=(2, 3), dtype=full_precision(feature_map))
         return Outputs(features.new_empty((len(features), 0)), features, feature_map)
 
     def classify(self, features: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         logits = self.classifier(features)
-        return logits.to(_full_precision(logits))
+        return logits.to(full_precision(logits))
 
     def resize_classifier(self, features: int) -> None:
         weight = self.classifier.weight
         self.classifier = nn.Linear(features, 2, device=weight.device, dtype=weight.dtype)
 
 
+def adjustment(channels: int, width: int) -> nn.Sequential:
+    """1x1 convolution + batch norm + ReLU, (B, channels, h, w) -> (B, width, h, w)."""
+    return nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU())
+
+
 def build_timm(
     name: str, pretrained: bool | str, arguments: Mapping[str, object], others: Iterable[str]
 ) -> TimmDetector:
     """A TimmDetector by timm's model name. others: further names to suggest when there is no such model."""
+    arguments, smooth = backbone_arguments(arguments, pretrained)
+    adjust_channels = arguments.pop("adjust_channels", None)
+    if adjust_channels is not None and not (type(adjust_channels) is int and adjust_channels > 0):
+        raise DistFairError(f"detector.arguments.adjust_channels={adjust_channels}: a number of channels, or left out")
+    backbone, channels = create_backbone(name, pretrained, arguments, others)
+    return TimmDetector(smoothed(backbone) if smooth else backbone, channels, adjust_channels)
+
+
+def backbone_arguments(arguments: Mapping[str, object], pretrained: bool | str) -> tuple[dict[str, object], bool]:
+    """detector.arguments without `smooth`, and whether to smooth. Raises DistFairError for what is not for users."""
     arguments = dict(arguments)
     ours = [key for key in _OURS if key in arguments]
     if ours:
         raise DistFairError(f"detector.arguments.{ours[0]}: set by dist_fair; leave it out")
-    adjust_channels = arguments.pop("adjust_channels", None)
-    if adjust_channels is not None and not (type(adjust_channels) is int and adjust_channels > 0):
-        raise DistFairError(f"detector.arguments.adjust_channels={adjust_channels}: a number of channels, or left out")
     smooth = arguments.pop("smooth", False)
     if smooth not in (True, False) or (smooth and pretrained):
         raise DistFairError(
             f"detector.arguments.smooth={smooth} with detector.pretrained={pretrained}: true or false, and true only "
             "from scratch: weights that were learned with ReLU mean nothing without it"
         )
-    backbone, channels = create_backbone(name, pretrained, arguments, others)
-    return TimmDetector(smoothed(backbone) if smooth else backbone, channels, adjust_channels)
+    return arguments, smooth
 
 
-def smoothed(backbone: nn.Module) -> nn.Module:
-    """The backbone, in place, with SiLU for every ReLU and SoftPool for every max pool: no kinks.
+def smoothed(module: nn.Module) -> nn.Module:
+    """The module, in place, with SiLU for every (leaky) ReLU and SoftPool for every max pool: no kinks.
 
     At a kink, rounding decides which way the gradient goes. In fp32, one ReLU flipped in the last block of the demo's
     detector moved the gradient by 0.5 %, one max pool flipped moved that of the stem by 1 %; such a flip came every ten
     steps, and runs on different numbers of ranks part ways from there on (not in fp64). Without kinks they do not.
     """
-    for name, layer in list(backbone.named_modules()):
-        if isinstance(layer, nn.ReLU):
-            backbone.set_submodule(name, nn.SiLU(inplace=layer.inplace))
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.ReLU | nn.LeakyReLU):
+            module.set_submodule(name, nn.SiLU(inplace=layer.inplace))
         elif isinstance(layer, nn.MaxPool2d):
-            backbone.set_submodule(name, SoftPool2d(layer.kernel_size, layer.stride, layer.padding))
-    return backbone
+            module.set_submodule(name, SoftPool2d(layer.kernel_size, layer.stride, layer.padding))
+    return module
 
 
 class SoftPool2d(nn.Module):
@@ -109,10 +118,15 @@ class SoftPool2d(nn.Module):
 
 
 def create_backbone(
-    name: str, pretrained: bool | str, arguments: Mapping[str, object], others: Iterable[str] = ()
+    name: str,
+    pretrained: bool | str,
+    arguments: Mapping[str, object],
+    others: Iterable[str] = (),
+    place: str = "detector.name",
 ) -> tuple[nn.Module, int]:
     """A timm model without its head, and the channels of its last feature map.
 
+    others: further names to suggest when there is no such model. place: the setting that names it, for error texts.
     pretrained: False, True (timm's default weights), a timm tag ("tv_in1k"), or a file with the backbone's weights.
     Raises DistFairError for an unknown name, tag or argument, for dropout (it would draw other numbers on every rank),
     and for weights that cannot be had or do not fit.
@@ -121,7 +135,7 @@ def create_backbone(
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise DistFairError(f"detector.name={name}: no such detector: {nearest(name, [*others, *timm.list_models()])}")
+        raise DistFairError(f"{place}={name}: no such detector: {nearest(name, [*others, *timm.list_models()])}")
     path = pretrained if isinstance(pretrained, str) and _is_path(pretrained) else None
     tag = pretrained if isinstance(pretrained, str) and not path else tag
     if tag:
@@ -136,7 +150,7 @@ def create_backbone(
         )
     full_name = f"{base}.{tag}" if tag else base
     from_hub = bool(pretrained) and not path
-    backbone = _from_hub(full_name, arguments) if from_hub else _untrained(full_name, arguments)
+    backbone = (_from_hub if from_hub else _untrained)(full_name, arguments, place)
     channels, removed = _trim(backbone)
     _refuse_dropout(backbone)
     if path:
@@ -144,24 +158,24 @@ def create_backbone(
     return backbone, channels
 
 
-def _untrained(name: str, arguments: Mapping[str, object]) -> nn.Module:
+def _untrained(name: str, arguments: Mapping[str, object], place: str) -> nn.Module:
     import timm
 
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         raise DistFairError(
-            f"detector.name={name}: timm cannot build it headless with arguments {dict(arguments)}: {error}"
+            f"{place}={name}: timm cannot build it headless with arguments {dict(arguments)}: {error}"
         ) from error
 
 
-def _from_hub(name: str, arguments: Mapping[str, object]) -> nn.Module:
+def _from_hub(name: str, arguments: Mapping[str, object], place: str) -> nn.Module:
     import timm
 
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, global_pool="", **arguments)
     except Exception as error:  # hub, network, proxy, disk and cache each have their own
-        _untrained(name, arguments)  # if it is the arguments, that is what to say
+        _untrained(name, arguments, place)  # if it is the arguments, that is what to say
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistFairError(
             f"detector.pretrained: the weights of {name} could not be had from the hub ({reason}); fetch them once "
@@ -178,7 +192,7 @@ def _refuse_dropout(backbone: nn.Module) -> None:
         rate = max(getattr(module, attribute, 0.0) or 0.0 for attribute in ("p", "drop_prob", "prob"))
         if "Drop" in type(module).__name__ and rate > 0:
             raise DistFairError(
-                f"detector.name: {type(backbone).__name__} drops out at '{name}' (rate {rate}), with other random "
+                f"detector: {type(backbone).__name__} drops out at '{name}' (rate {rate}), with other random "
                 f"numbers on every rank; switch it off: detector.arguments.drop_rate=0 or drop_path_rate=0"
             )
 
@@ -194,7 +208,7 @@ def last_map(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
         if tokens.shape[1] == grid[0] * grid[1]:
             return tokens.transpose(1, 2).unflatten(2, tuple(grid))
     raise DistFairError(
-        f"detector.name: {type(backbone).__name__} gives {tuple(output.shape)}, not a map of features; "
+        f"detector: {type(backbone).__name__} gives {tuple(output.shape)}, not a map of features; "
         f"choose a convolutional backbone, or a ViT whose patches form a grid"
     )
 
@@ -211,7 +225,7 @@ def _trim(backbone: nn.Module) -> tuple[int, set[str]]:
             owner = name.rpartition(".")[0]
             if not owner or used & set(backbone.get_submodule(owner).parameters()):
                 raise DistFairError(
-                    f"detector.name: parameter '{name}' of {type(backbone).__name__} takes no part in its last feature "
+                    f"detector: parameter '{name}' of {type(backbone).__name__} takes no part in its last feature "
                     f"map and cannot be removed; choose another backbone"
                 )
             backbone.set_submodule(owner, nn.Identity())
@@ -243,5 +257,6 @@ def _probe(backbone: nn.Module) -> torch.Tensor:
     return torch.zeros(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
 
 
-def _full_precision(tensor: torch.Tensor) -> torch.dtype:
+def full_precision(tensor: torch.Tensor) -> torch.dtype:
+    """fp64 for fp64, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
