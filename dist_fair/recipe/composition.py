@@ -25,8 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_fair.errors import DistFairError
 from dist_fair.recipe import cards
 from dist_fair.recipe.cards import Card
+from dist_fair.recipe.checks import check
 from dist_fair.recipe.resolved import Resolved, differences, flatten, inline
-from dist_fair.recipe.schema import FREE, check
+from dist_fair.recipe.schema import FREE
 from dist_fair.recipe.typed import Schema
 
 

@@ -1,4 +1,5 @@
-"""The typed schema of a recipe: every key, its default, its range, its meaning. `composition` reads the files.
+"""The typed schema of a recipe: every key, its default, its range, its meaning. `composition` reads the files, `checks`
+refuses what contradicts itself.
 
 Lengths of time inside a run (warm-up, delays, ramps, stages) are parts of the run in [0, 1], so that a recipe keeps its
 shape when `train.steps` changes.
@@ -7,11 +8,9 @@ shape when `train.steps` changes.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from dist_fair.errors import DistFairError
 
 
 def setting(
@@ -108,6 +107,15 @@ class Train:
 
 
 @dataclass
+class Sam:
+    """Sharpness-aware minimisation: each step takes the gradient at the worst point near the weights."""
+
+    rho: float | None = setting(None, "distance to that point, 0.05 in the paper; null: off", least=1e-12)
+    adaptive: bool = setting(False, "ASAM: distances are relative to the size of each weight")
+    scope: int | str = setting("global", "whose worst point: global, the step's; m: of each m samples", least=1)
+
+
+@dataclass
 class Optimizer:
     """An optimizer of torch or timm."""
 
@@ -116,6 +124,7 @@ class Optimizer:
     weight_decay: float = setting(0.0, "L2 penalty or decoupled decay, as the optimizer has it", least=0)
     momentum: float | None = setting(None, "null: the optimizer's default", least=0, most=1)
     arguments: dict[str, Any] = setting({}, "further arguments of the optimizer")
+    sam: Sam = section(Sam)
 
 
 @dataclass
@@ -202,76 +211,3 @@ def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             for name, item in value.items():
                 if dataclasses.is_dataclass(item):
                     yield from walk(item, f"{key}.{name}.")
-
-
-def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
-    """Raises DistFairError for a value out of range, contradicting settings and settings without effect.
-
-    say: dotted key -> "key=value (where it comes from)".
-    """
-    for key, value, field in walk(recipe):
-        if fault := _out_of_range(value, field):
-            raise DistFairError(f"{say(key)}: {fault}")
-    data, train = recipe.data, recipe.train
-    if not recipe.out:
-        raise DistFairError("out is empty: name a run folder, such as out=runs/first")
-    for key, value in (("data.root", data.root), ("data.train", data.train), ("detector.name", recipe.detector.name)):
-        if not value:
-            raise DistFairError(f"{say(key)} is empty: choose a card with {key.partition('.')[0]}=NAME, or set {key}")
-    if len({*data.train}) < len(data.train):
-        raise DistFairError(f"{say('data.train')}: a folder is listed twice")
-    for key in ("data.mean", "data.std"):
-        if len(getattr(data, key.removeprefix("data."))) != 3:
-            raise DistFairError(f"{say(key)}: three numbers, for red, green and blue")
-    quality = data.augment.jpeg_quality
-    if len(quality) != 2 or quality[0] > quality[1]:
-        raise DistFairError(f"{say('data.augment.jpeg_quality')}: two numbers, lowest first, such as [50, 95]")
-    if (train.steps is None) == (train.epochs is None):
-        raise DistFairError(f"{say('train.steps')} and {say('train.epochs')}: give one of the two, the other null")
-    if train.batch_size % train.accumulate:
-        raise DistFairError(f"{say('train.accumulate')} does not divide {say('train.batch_size')}")
-    if train.accumulate_exact and train.accumulate == 1:
-        raise DistFairError(f"{say('train.accumulate_exact')} has no effect with train.accumulate=1")
-    if data.lanes and (train.batch_size // train.accumulate) % data.lanes:
-        raise DistFairError(f"{say('data.lanes')} does not divide train.batch_size / train.accumulate "
-                            f"= {train.batch_size // train.accumulate}")  # fmt: skip
-    _check_effect(recipe, say)
-
-
-def _out_of_range(value: Any, field: dataclasses.Field) -> str | None:
-    """What is wrong with a value by the choices and the range of its field, which hold for each element of a list."""
-    if (choices := field.metadata.get("choices")) and value not in choices:
-        return "one of " + ", ".join("null" if choice is None else str(choice) for choice in choices)
-    least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
-    for number in value if isinstance(value, list) else [value]:
-        if not isinstance(number, int | float) or isinstance(number, bool):
-            continue
-        if not math.isfinite(number):
-            return "a finite number"
-        if not least <= number <= most:
-            return f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-    return None
-
-
-def _check_effect(recipe: Recipe, say: Callable[[str], str]) -> None:
-    """Settings that another setting makes idle."""
-    users = {"floor": "cosine", "every": "step", "factor": "step"}
-    for field in dataclasses.fields(Schedule):
-        idle = field.name in users and users[field.name] != recipe.schedule.name
-        if idle and getattr(recipe.schedule, field.name) != field.default:
-            raise DistFairError(f"{say(f'schedule.{field.name}')} has no effect with {say('schedule.name')}: "
-                                f"leave it at {field.default:g}")  # fmt: skip
-    if recipe.schedule.name == "step" and recipe.schedule.every == 0:
-        raise DistFairError(f"{say('schedule.every')}: a part of the run above 0, such as 0.3")
-    if recipe.optimizer.momentum is not None and "adam" in recipe.optimizer.name:
-        raise DistFairError(f"{say('optimizer.momentum')} has no effect with {say('optimizer.name')}: set it to null; "
-                            f"Adam's are optimizer.arguments={{betas: [0.9, 0.999]}}")  # fmt: skip
-    if recipe.detector.norm == "frozen" and not (recipe.detector.pretrained or recipe.detector.init_from):
-        raise DistFairError(f"{say('detector.norm')}: frozen statistics of an untrained detector mean nothing; "
-                            f"set detector.pretrained or detector.init_from, or detector.norm=synced")  # fmt: skip
-    if recipe.data.augment.jpeg == 0 and recipe.data.augment.jpeg_quality != [50, 95]:
-        raise DistFairError(f"{say('data.augment.jpeg_quality')} has no effect with data.augment.jpeg=0")
-    for name, tape in recipe.data.tapes.items():
-        for attribute in tape.where:
-            if attribute not in recipe.data.attributes:
-                raise DistFairError(f"data.tapes.{name}.where.{attribute}: data.attributes has no '{attribute}'")

@@ -20,6 +20,7 @@ train.steps train.epochs train.stop_after train.batch_size train.accumulate trai
 train.precision train.backend train.ranks
 train.clip
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.momentum optimizer.arguments
+optimizer.sam.rho optimizer.sam.adaptive optimizer.sam.scope
 schedule.name schedule.warmup schedule.floor schedule.every schedule.factor
 checkpoint.every checkpoint.keep
 resume
