@@ -27,6 +27,7 @@ precision is refused (a sum over 8,192 samples in bf16 keeps 3 digits). Calls an
 name entered is what a hung rank is waiting in. One rank takes the same path; its wire is a copy.
 """
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -59,6 +60,12 @@ class Communicator:
         self.world = dist.get_world_size(group) if connected else 1
         self.counts: dict[str, Count] = defaultdict(Count)
         self.last = "none"
+
+    def alone(self) -> "Communicator":
+        """This rank as a world of one. Its calls are counted here, until the counts are next drained."""
+        one = copy.copy(self)
+        one.rank, one.world = 0, 1
+        return one
 
     # Verbs with a gradient -------------------------------------------------------------------------------------------
 

@@ -93,7 +93,8 @@ class FrozenBatchNorm(_Replacement):
 class SyncedBatchNorm(_Replacement):
     """Batch norm over the global batch: nn.BatchNorm1d/2d/3d, timm's BatchNormAct2d. (B, C, ...) -> (B, C, ...).
 
-    Running variance is unbiased with the global N, as in torch; running statistics are the same on all ranks.
+    Running variance is unbiased with the global N, as in torch; running statistics are the same on all ranks. They
+    stay as they are while `track_running_stats` is False, as torch's do.
     """
 
     def __init__(self, norm: _BatchNorm, comm: Communicator):
@@ -104,7 +105,7 @@ class SyncedBatchNorm(_Replacement):
         if not self.training and self.running_mean is not None:
             return super().normalise(x)
         y, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.comm)
-        if self.training and self.running_mean is not None:
+        if self.training and self.track_running_stats:
             self._track(mean, variance, count)
         return y
 

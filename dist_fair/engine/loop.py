@@ -19,10 +19,11 @@ from dist_fair import keyed
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.data.window import Window
-from dist_fair.engine import checkpoint
+from dist_fair.engine import checkpoint, sharpness
 from dist_fair.engine.module import Losses, TrainingModule
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import ScoringData
+from dist_fair.recipe.schema import Sam
 
 Values = dict[str, object]
 Observer = Callable[[int, Mapping[str, object]], None]
@@ -50,7 +51,7 @@ class Trainer:
     """A module in training.
 
     module: the bare TrainingModule. recipe: what a checkpoint must agree with to be resumed. describe: sample row ->
-    text, for messages.
+    text, for messages. sam: where the gradients are taken; None: at the weights.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Trainer:
         recipe: Mapping,
         folder: Path,
         describe: Callable[[int], str],
+        sam: Sam | None = None,
     ):
         self.module, self.optimizer, self.schedule = module, optimizer, schedule
         self.accelerator, self.comm, self.rhythm = accelerator, comm, rhythm
+        self.sam = sam or Sam()
         self.seed, self.recipe, self.folder, self.describe = seed, recipe, folder, describe
         self.step = 0
         self.wrapped = module
@@ -113,7 +116,7 @@ class Trainer:
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(self.rhythm.accumulate)]
         waited = time.perf_counter() - asked
-        history = self._backward(batches)
+        history = sharpness.gradients(self.sam, self.module, batches, self._progress, self._backward)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.rhythm.clip or math.inf)
         values = self._read(history, norm)
         self._stop_if_not_finite(values, history)
@@ -128,19 +131,22 @@ class Trainer:
 
     def _backward(self, batches: Sequence[Batch]) -> list[Losses]:
         """Adds the gradients of a step's loss to the parameters', averaged over ranks; one Losses per window."""
-        windows, progress = self._windows(batches), self.step / self.rhythm.steps
-        history = []
+        windows, history = self._windows(batches), []
         for window in windows:
             with nullcontext() if window is windows[-1] else self.accelerator.no_sync(self.wrapped):
-                losses = self.wrapped(window, progress)
+                losses = self.wrapped(window, self._progress)
                 self.accelerator.backward(losses.loss / len(windows))
             history.append(losses)
         return history
 
+    @property
+    def _progress(self) -> float:
+        return self.step / self.rhythm.steps
+
     def _windows(self, batches: Sequence[Batch]) -> list[Window]:
         """The step's micro-batches, together where the objectives look at all of them; means are added up as cheaply
         one by one."""
-        if self.rhythm.exact is not None and self.module.couples(self.step / self.rhythm.steps):
+        if self.rhythm.exact is not None and self.module.couples(self._progress):
             return [Window(batches, self.rhythm.exact)]
         return [Window([batch]) for batch in batches]
 
@@ -155,8 +161,9 @@ class Trainer:
         return values
 
     def _stop_if_not_finite(self, values: Values, history: Sequence[Losses]) -> None:
-        """All ranks see the same loss and norm, so all stop at the same step; each names its own samples."""
-        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+        """All ranks see the same numbers, so all stop at the same step; each names its own samples."""
+        watched = {name: values[name] for name in ("loss", "gradient_norm", *sharpness.MEASURES) if name in values}
+        if all(math.isfinite(value) for value in watched.values()):
             return
         own = [
             self.describe(int(sample))
@@ -167,9 +174,10 @@ class Trainer:
         found = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
         last = checkpoint.newest(self.folder)
         error = DistFairError(
-            f"step {self.step}: loss {values['loss']}, gradient norm {values['gradient_norm']}: stopped before they "
-            f"reach the weights. Samples whose logits are not finite: {found or 'none'}. Lower optimizer.lr or set "
-            f"train.clip, in another out=" + (f"; detector.init_from={last} keeps its weights" if last else "")
+            f"step {self.step}: {', '.join(f'{name} {value}' for name, value in watched.items())}: stopped before they "
+            f"reach the weights. Samples whose logits are not finite: {found or 'none'}. Lower optimizer.lr"
+            f"{', or optimizer.sam.rho' if self.sam.rho else ''}, or set train.clip, in another out="
+            + (f"; detector.init_from={last} keeps its weights" if last else "")
         )
         error.everywhere = True
         raise error

@@ -101,6 +101,7 @@ class SubgroupNorm(Intervention):
                                     "uses no running moments; leave it out")  # fmt: skip
 
     settings: Settings
+    track_running_stats = True  # as in torch's batch norms: False holds the running moments
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
@@ -155,7 +156,8 @@ class SubgroupNorm(Intervention):
         sums = add(local, "subgroup_norm")
         counts, groups = _from_sums(sums, shift)
         _, whole = _from_sums(sums.sum(0, keepdim=True), shift)
-        self._track(counts[:-1], Moments(groups.mean[:-1], groups.variance[:-1]))
+        if self.track_running_stats:
+            self._track(counts[:-1], Moments(groups.mean[:-1], groups.variance[:-1]))
         part = counts / counts.clamp_min(max(self.settings.minimum, 1))
         part[-1] = 0  # of unknown group: the whole batch
         return members, groups.joined(whole, part)
