@@ -35,11 +35,12 @@ def main(arguments: list[str]) -> int:
         if len(found) > 1:
             check_out(Path(options.out))
         outs = runs if len(found) > 1 or not options.out else [Path(options.out)]
-        work = [_read(run, overrides, out) for run, out in zip(runs, outs, strict=True)]
+        work = [_read(run, checkpoint.name, overrides, out)
+                for run, checkpoint, out in zip(runs, found, outs, strict=True)]  # fmt: skip
     for (resolved, folder), checkpoint in zip(work, found, strict=True):
         session = Session(resolved, folder)
         session.load(checkpoint)
-        session.evaluate(session.tests(), checkpoint.name, alone=True)
+        session.evaluate(session.tests(), checkpoint.name)
     return _draw(runs, options.out) if session.leader and len(found) > 1 else 0
 
 
@@ -67,16 +68,20 @@ def _check(options: argparse.Namespace, sources: Sequence[str], overrides: Seque
         raise DistFairError("--from-predictions draws one run into its own folder: leave out --out")
 
 
-def _read(run: Path, overrides: Sequence[str], out: Path) -> tuple:
-    """The recipe of a run with overrides, and the folder for its results, checked."""
+def _read(run: Path, checkpoint: str, overrides: Sequence[str], out: Path) -> tuple:
+    """The recipe of a run with overrides, and the folder for the results of its checkpoint, checked."""
+    from dist_fair.engine.assembly import dataset_names
     from dist_fair.engine.run_folder import RunFolder
     from dist_fair.recipe.composition import read
     from dist_fair.recipes import interventions
+    from dist_fair.session import origin
 
-    RunFolder(out).refuse_other_run(run)
+    folder = RunFolder(out)
+    folder.refuse_other_run(run)
     resolved = read(run / "recipe.yaml", interventions(), overrides)
+    folder.refuse_mixture(origin(resolved, checkpoint), dataset_names(resolved.recipe.data.eval).values())
     resolved.recipe.detector.pretrained, resolved.recipe.detector.init_from = False, None  # the checkpoint has all
-    return resolved, RunFolder(out)
+    return resolved, folder
 
 
 def _draw(runs: Sequence[Path], out: str | None) -> int:

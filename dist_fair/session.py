@@ -24,6 +24,11 @@ from dist_fair.reporting.side_by_side import write_up
 from dist_fair.reporting.tables import evaluation_table
 
 
+def origin(resolved: Resolved, source: str) -> dict[str, str]:
+    """Whose numbers evaluation.json has: the checkpoint's name, and the fingerprint of what is trained and judged."""
+    return {"checkpoint": source, "recipe": resolved.fingerprint()[:12]}
+
+
 class Session:
     """Detector, interventions and data of a recipe on this rank. Making one checks them and writes nothing."""
 
@@ -55,20 +60,16 @@ class Session:
                 self._reader(index).check()
         return indexes
 
-    def evaluate(self, tests: Mapping[str, Index], source: str, alone: bool = False) -> dict[str, dict]:
+    def evaluate(self, tests: Mapping[str, Index], source: str) -> dict[str, dict]:
         """Scores and judges data sets, writes what a run leaves behind, prints the table; reports on the leader.
 
-        source: the name of the checkpoint whose weights these are. alone: refuse to put its numbers beside those of
-        another one; without it evaluation.json says whose they are.
+        source: the name of the checkpoint whose weights these are.
         """
-        origin = {"checkpoint": source, "recipe": self.resolved.fingerprint()[:12]}
-        if alone:
-            with on_all_ranks():
-                self.folder.refuse_mixture(origin, tests)
         total, bootstrap = sum(len(index) for index in tests.values()), self.recipe.evaluation.bootstrap
         with Progress(total, "evaluate", self.leader, self.recipe.log.every, unit="samples") as progress:
             reports = evaluate_all(self.module, tests, self._test_batches, self.folder, bootstrap=bootstrap,
-                                   seed=self.recipe.seed, source=origin, observe=progress.step)  # fmt: skip
+                                   seed=self.recipe.seed, source=origin(self.resolved, source),
+                                   observe=progress.step)  # fmt: skip
         if self.leader and reports:
             say(evaluation_table(reports))
             self._write_up(reports)

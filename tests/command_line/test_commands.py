@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -261,6 +262,15 @@ def test_numbers_of_two_checkpoints_do_not_mix(run, files, tmp_path, capsys):
     assert "has numbers of step-00000002 of recipe" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
     assert cli.main(["evaluate", last, *out, "data.eval=[near,far]"]) == 0  # nothing of the first would stay
+
+
+def test_all_runs_are_checked_before_one_is_scored(run, files, tmp_path, capsys):
+    early, late = stopped(run, tmp_path / "early", 2), stopped(run, tmp_path / "late", 4)
+    shutil.copy(run / "evaluation.json", early)  # numbers of step-00000004
+    before = contents(tmp_path)
+    assert cli.main(["evaluate", str(late), str(early), "data.eval=[near]", "--out", str(tmp_path / "out")]) == 2
+    assert f"{early}/evaluation.json has numbers of step-00000004 of recipe" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_what_cannot_be_drawn_is_said_and_the_numbers_stay(run, files, tmp_path, monkeypatch, capsys):
