@@ -27,23 +27,36 @@ def strata_of_videos(of_sample: np.ndarray, columns: list[np.ndarray]) -> np.nda
     return count.argmax(axis=1)
 
 
+class StratifiedDraws:
+    """Draws units with replacement inside strata, so that every replicate has as many units of each as the data.
+
+    strata: (V,) of each unit; purpose: a word that keeps these draws apart from others of the same seed.
+    """
+
+    def __init__(self, strata: np.ndarray, seed: int, purpose: str):
+        self.seed, self.purpose = seed, purpose
+        self._order = np.argsort(strata, kind="stable")
+        size = np.bincount(strata)
+        start = np.cumsum(size) - size
+        self._size, self._start = size[strata[self._order]], start[strata[self._order]]
+
+    def counts(self, b: int) -> np.ndarray:
+        """How often replicate b draws each unit, (V,) float64; a function of (seed, b) and the strata alone."""
+        uniform = keyed.generator(self.seed, self.purpose, b).random(len(self._size))
+        drawn = self._start + (uniform * self._size).astype(np.int64)
+        counts = np.empty(len(self._size))
+        counts[self._order] = np.bincount(drawn, minlength=len(self._size))
+        return counts
+
+
 def video_weights(strata: np.ndarray, replicates: int, samples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each video is drawn, (V, R) float64, chunks of replicates of a bounded size, `replicates` in all.
 
     Column b depends on (seed, b) and the strata alone. samples: samples of the dataset, for the size of a chunk.
     """
-    order = np.argsort(strata, kind="stable")
-    size = np.bincount(strata)
-    start = np.cumsum(size) - size
-    size, start = size[strata[order]], start[strata[order]]
-    step = max(1, CHUNK // samples)
+    draws, step = StratifiedDraws(strata, seed, "bootstrap"), max(1, CHUNK // samples)
     for begin in range(0, replicates, step):
-        chunk = range(begin, min(begin + step, replicates))
-        weights = np.zeros((len(strata), len(chunk)))
-        for column, b in enumerate(chunk):
-            drawn = start + (keyed.generator(seed, "bootstrap", b).random(len(strata)) * size).astype(np.int64)
-            weights[order, column] = np.bincount(drawn, minlength=len(strata))
-        yield weights
+        yield np.stack([draws.counts(b) for b in range(begin, min(begin + step, replicates))], axis=1)
 
 
 def interval(values: np.ndarray) -> list[float]:

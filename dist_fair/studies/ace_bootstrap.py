@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from dist_fair import keyed
 from dist_fair.collectives import Communicator
-from dist_fair.metrics.bootstrap import strata_of_videos
+from dist_fair.metrics.bootstrap import StratifiedDraws, strata_of_videos
 from dist_fair.metrics.ranking import ratio
 
 
 class Draws:
-    """Draws units with replacement inside strata, so that every replicate has as many units of each as the data.
+    """Draws units as `StratifiedDraws` does, and tells of the samples in them.
 
     of_sample: (N,) the unit (a video, or the sample itself) of each sample; columns: (N,) codes each; units of equal
     codes are a stratum (of a unit whose samples differ, most of them decide, as in `strata_of_videos`).
@@ -24,17 +23,12 @@ class Draws:
 
     def __init__(self, of_sample: np.ndarray, columns: Sequence[np.ndarray], seed: int):
         strata = strata_of_videos(of_sample, list(columns))
-        order = np.argsort(strata, kind="stable")
-        size = np.bincount(strata)
-        self._start, self._size = (np.cumsum(size) - size)[strata[order]], size[strata[order]]
-        self._place = np.argsort(order)[of_sample]
-        self.seed, self.samples, self.strata = seed, len(of_sample), int(np.count_nonzero(size))
+        self.units, self._of_sample = StratifiedDraws(strata, seed, "ace"), of_sample
+        self.samples, self.strata = len(of_sample), len(np.unique(strata))
 
     def weights(self, b: int) -> np.ndarray:
         """How often replicate b draws each sample, (N,) float64; a function of (seed, b) and the units alone."""
-        uniform = keyed.generator(self.seed, "ace", b).random(len(self._size))
-        drawn = self._start + (uniform * self._size).astype(np.int64)
-        return np.bincount(drawn, minlength=len(self._size)).astype(np.float64)[self._place]
+        return self.units.counts(b)[self._of_sample]
 
 
 class GroupAUC:

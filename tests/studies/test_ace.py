@@ -170,7 +170,7 @@ def test_draws_that_differ_between_regimes_widen_the_interval(monkeypatch):
     def unpaired(curves, draws, replicates, comm, observe):
         parts = []
         for place, curve in enumerate(curves):
-            draws.seed = 1000 + place
+            draws.units.seed = 1000 + place
             parts.append(original([curve], draws, replicates, comm, observe))
         return np.concatenate(parts, axis=1)
 
