@@ -11,9 +11,8 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
-from dist_fair.engine.run_folder import MetricsLog, RunFolder
+from dist_fair.engine.run_folder import MetricsLog, RunFolder, few
 from dist_fair.errors import DistFairError, on_all_ranks
-from dist_fair.recipe.composition import read
 from dist_fair.recipe.resolved import Resolved, differences, flatten
 from dist_fair.recipes import interventions
 from dist_fair.reporting.chance import ChanceWatch
@@ -144,26 +143,16 @@ class Training(Session):
 
 def claim(folder: RunFolder, resolved: Resolved) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, or None; raises DistFairError where the folder belongs to something else."""
-    folder.refuse_file()
     out, resume = f"out={folder.path}", resolved.recipe.resume
-    own = resolved.trajectory()
+    folder.refuse_other_recipe(resolved, interventions(), out, "choose another out=")
     newest = checkpoint.newest(folder.checkpoints)
-    if folder.recipe.is_file():
-        if changed := differences(read(folder.recipe, interventions()).trajectory(), own):
-            raise DistFairError(f"{out} holds another run (then, now): {_few(changed)}: choose another out=")
-    elif folder.occupied():
-        raise DistFairError(f"{out} is not empty and no run folder (no recipe.yaml in it): choose another out=")
     if resume == "never" and newest is not None:
         raise DistFairError(f"resume=never, but {out} has {newest.name}: choose another out=, or resume=auto")
     source = newest if resume in ("auto", "never") else checkpoint.find(Path(resume))
     if source is None:
         return None
     found = checkpoint.read(source)
-    if changed := differences(found.recipe, own):
-        raise DistFairError(f"{source} is a checkpoint of another recipe (then, now): {_few(changed)}: to start "
+    if changed := differences(found.recipe, resolved.trajectory()):
+        raise DistFairError(f"{source} is a checkpoint of another recipe (then, now): {few(changed)}: to start "
                             "from its weights, set detector.init_from")  # fmt: skip
     return found
-
-
-def _few(changed: list[str]) -> str:
-    return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")

@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from dist_fair.errors import DistFairError
+from dist_fair.recipe.resolved import Resolved, differences
 
 
 class RunFolder:
@@ -95,6 +96,21 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise DistFairError(f"{self.path} is a file: results need a folder, choose another one")
 
+    def refuse_other_recipe(self, asked: Resolved, interventions: Mapping[str, type], place: str, fix: str) -> None:
+        """Raises DistFairError if the folder holds anything but a run of the recipe `asked`, finished or not.
+
+        interventions: as for `recipe.composition.read`. place, fix: what the folder is called in the error, and what
+        whoever asked can do.
+        """
+        from dist_fair.recipe.composition import read  # here, so that what only looks for files starts without Hydra
+
+        self.refuse_file()
+        if self.recipe.is_file():
+            if changed := differences(read(self.recipe, interventions).trajectory(), asked.trajectory()):
+                raise DistFairError(f"{place} holds another run (then, now): {few(changed)}: {fix}")
+        elif self.occupied():
+            raise DistFairError(f"{place} is not empty and no run folder (no recipe.yaml in it): {fix}")
+
     def refuse_other_run(self, run: Path) -> None:
         """Raises DistFairError if the results of the run in folder `run` would go to the folder of another one."""
         self.refuse_file()
@@ -121,6 +137,11 @@ class MetricsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def few(changed: Sequence[str]) -> str:
+    """The first of what `differences` found, and how many more there are."""
+    return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def write_text(path: Path, text: str) -> None:

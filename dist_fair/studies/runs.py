@@ -21,8 +21,8 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import dataset_names, total_steps, training_index, training_plan
 from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import DistFairError
-from dist_fair.recipe.composition import load, read
-from dist_fair.recipe.resolved import Resolved, differences
+from dist_fair.recipe.composition import load
+from dist_fair.recipe.resolved import Resolved
 from dist_fair.recipes import interventions
 from dist_fair.reporting.progress import Progress, say
 
@@ -110,15 +110,8 @@ def check_all(runs: Sequence[Run]) -> None:
         if (place := run.folder.resolve()) in seen:
             raise DistFairError(f"{run.folder}: two runs in one folder: each needs a name and a seed of its own")
         seen.add(place)
-        folder, asked = RunFolder(run.folder), run.resolved.trajectory()
-        folder.refuse_file()
-        if folder.recipe.is_file():
-            changed = differences(read(folder.recipe, interventions()).trajectory(), asked)
-            if changed:
-                raise DistFairError(f"{run.folder} holds another run (then, now): {'; '.join(changed[:5])}: remove it "
-                                    "or choose another folder")  # fmt: skip
-        elif folder.occupied():
-            raise DistFairError(f"{run.folder} is not empty and no run folder (no recipe.yaml in it): choose another")
+        RunFolder(run.folder).refuse_other_recipe(run.resolved, interventions(), str(run.folder),
+                                                  "remove it or choose another folder")  # fmt: skip
 
 
 def finished(run: Run) -> bool:
