@@ -4,6 +4,7 @@ Every number is drawn from a distribution that overlaps widely between the group
 and odds (skin and hair colour, curl, haircuts, a little geometry). Nobody is copied: there is no photograph anywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,36 +114,41 @@ class Person:
     glasses: bool
 
 
+class _Draws:
+    """One person's random numbers. The order in which they are asked for is part of who is drawn."""
+
+    def __init__(self, random: np.random.Generator):
+        self.random = random
+
+    def about(self, mean: float, deviation: float) -> float:
+        """A normal number, cut at 2.2 deviations."""
+        return float(mean + deviation * np.clip(self.random.standard_normal(), -2.2, 2.2))
+
+    def one_of(self, odds: Sequence[float]) -> int:
+        """A place, as often as its odds say."""
+        return int(np.searchsorted(np.cumsum(odds)[:-1], self.random.random() * sum(odds), side="right"))
+
+    def varied(self, colour: Sequence[float]) -> np.ndarray:
+        """A colour, lighter or darker."""
+        return np.array(colour) / 255 * np.exp(0.12 * self.random.standard_normal())
+
+
 def invent(gender: str, race: str, *key: keyed.Part) -> Person:
     """The person of a key: the same arguments always give the same person."""
-    random = keyed.generator(*key, "person")
-    male, asian, black = gender == "male", race == "Asian", race == "Black"
-
-    def about(mean: float, deviation: float) -> float:
-        return float(mean + deviation * np.clip(random.standard_normal(), -2.2, 2.2))
-
-    def one_of(odds) -> int:
-        return int(np.searchsorted(np.cumsum(odds)[:-1], random.random() * sum(odds), side="right"))
-
-    tone = random.uniform(*TONE_RANGE[race])
-    low = min(int(tone), len(TONES) - 2)
-    skin = TONES[low] + (tone - low) * (TONES[low + 1] - TONES[low])
-    skin = np.clip(skin * (1 + 0.03 * random.standard_normal(3)), 0.1, 0.98)
+    draws = _Draws(keyed.generator(*key, "person"))
+    random, male = draws.random, gender == "male"
+    skin = _skin(draws, race)
     age = float(random.beta(1.4, 2.2))
     hair_odds = np.array(HAIR_ODDS[race])
     hair_odds[-1] *= 0.2 + 4 * age**2
-    hair = np.array(list(HAIR.values())[one_of(hair_odds)]) / 255 * np.exp(0.12 * random.standard_normal())
-    iris = np.array(list(EYES.values())[one_of(EYE_ODDS[race])]) / 255 * np.exp(0.12 * random.standard_normal())
+    hair = draws.varied(list(HAIR.values())[draws.one_of(hair_odds)])
+    iris = draws.varied(list(EYES.values())[draws.one_of(EYE_ODDS[race])])
     makeup = 0.0 if male else float(random.beta(1.2, 1.6))
     red = np.array((0.62, 0.16, 0.20)) * (0.45 + 0.55 * skin.mean())
     lips = skin * (0.86, 0.60, 0.60)
     lips = lips + (0.12 + 0.5 * makeup * random.random()) * (red - lips)
-    curl = float(np.clip(about(CURL[race], 0.17), 0, 1))
-    haircuts = dict(HAIRCUT_ODDS[gender])
-    haircuts["round"] *= 0.2 + 3 * curl
-    if male:
-        haircuts["bald"] *= 0.4 + 2.5 * age
-    haircut = list(haircuts)[one_of(list(haircuts.values()))]
+    curl = float(np.clip(draws.about(CURL[race], 0.17), 0, 1))
+    haircut = _haircut(draws, gender, curl, age)
     bearded = male and random.random() < 0.42
     return Person(
         key=key,
@@ -154,30 +160,8 @@ def invent(gender: str, race: str, *key: keyed.Part) -> Person:
         lips=lips.astype(np.float32),
         haircut=haircut,
         curl=curl,
-        volume=about(0.10, 0.03) + 0.05 * curl,
-        hairline=about(-0.55 - 0.03 * (not male), 0.05) - (0.1 * age if male else 0),
-        fringe=float(random.random()) if not male or random.random() < 0.3 else 0.0,
-        part=about(0, 0.22),
-        width=about(0.675 + 0.02 * male, 0.03),
-        jaw=about(2.45 + 0.5 * male, 0.3),
-        chin=about(0.95 + 0.02 * male, 0.025),
-        cheeks=about(0.05, 0.015),
-        eye_distance=about(0.285, 0.014),
-        eye_width=about(0.135, 0.010),
-        eye_height=about(0.075 - 0.002 * asian + 0.004 * (not male), 0.006),
-        eye_tilt=about(0.04 + 0.02 * asian, 0.04),
-        crease=float(np.clip(about(0.75 - 0.35 * asian, 0.2), 0.1, 1)),
-        brow_height=about(0.190 - 0.015 * male, 0.018),
-        brow_weight=about(0.030 + 0.010 * male, 0.006),
-        brow_arch=about(0.030 - 0.012 * male, 0.012),
-        nose_width=about(0.116 + 0.022 * black + 0.006 * asian + 0.008 * male, 0.013),
-        nose_length=about(0.335, 0.025),
-        nose_bridge=about(0.115 - 0.02 * asian - 0.015 * black + 0.01 * male, 0.018),
-        mouth_width=about(0.225 + 0.01 * male, 0.018),
-        mouth_height=about(0.575, 0.018),
-        lip_upper=about(0.040 + 0.014 * black - 0.004 * male, 0.008),
-        lip_lower=about(0.058 + 0.016 * black - 0.004 * male, 0.009),
-        ears=about(1.0, 0.1),
+        **_hairline(draws, male, curl, age),
+        **_face(draws, male, race),
         age=age,
         freckles=float(random.random() < 0.25) * random.random() * (1.0 if race == "White" else 0.4),
         oiliness=float(random.uniform(0.3, 1.0)),
@@ -186,3 +170,56 @@ def invent(gender: str, race: str, *key: keyed.Part) -> Person:
         moustache=float(random.random()) if bearded else 0.0,
         glasses=bool(random.random() < 0.14),
     )
+
+
+def _skin(draws: _Draws, race: str) -> np.ndarray:
+    tone = draws.random.uniform(*TONE_RANGE[race])
+    low = min(int(tone), len(TONES) - 2)
+    skin = TONES[low] + (tone - low) * (TONES[low + 1] - TONES[low])
+    return np.clip(skin * (1 + 0.03 * draws.random.standard_normal(3)), 0.1, 0.98)
+
+
+def _haircut(draws: _Draws, gender: str, curl: float, age: float) -> str:
+    odds = dict(HAIRCUT_ODDS[gender])
+    odds["round"] *= 0.2 + 3 * curl
+    if gender == "male":
+        odds["bald"] *= 0.4 + 2.5 * age
+    return list(odds)[draws.one_of(list(odds.values()))]
+
+
+def _hairline(draws: _Draws, male: bool, curl: float, age: float) -> dict[str, float]:
+    """Where the hair begins and how it lies."""
+    about, random = draws.about, draws.random
+    return {
+        "volume": about(0.10, 0.03) + 0.05 * curl,
+        "hairline": about(-0.55 - 0.03 * (not male), 0.05) - (0.1 * age if male else 0),
+        "fringe": float(random.random()) if not male or random.random() < 0.3 else 0.0,
+        "part": about(0, 0.22),
+    }
+
+
+def _face(draws: _Draws, male: bool, race: str) -> dict[str, float]:
+    """The geometry of the face."""
+    about, asian, black = draws.about, race == "Asian", race == "Black"
+    return {
+        "width": about(0.675 + 0.02 * male, 0.03),
+        "jaw": about(2.45 + 0.5 * male, 0.3),
+        "chin": about(0.95 + 0.02 * male, 0.025),
+        "cheeks": about(0.05, 0.015),
+        "eye_distance": about(0.285, 0.014),
+        "eye_width": about(0.135, 0.010),
+        "eye_height": about(0.075 - 0.002 * asian + 0.004 * (not male), 0.006),
+        "eye_tilt": about(0.04 + 0.02 * asian, 0.04),
+        "crease": float(np.clip(about(0.75 - 0.35 * asian, 0.2), 0.1, 1)),
+        "brow_height": about(0.190 - 0.015 * male, 0.018),
+        "brow_weight": about(0.030 + 0.010 * male, 0.006),
+        "brow_arch": about(0.030 - 0.012 * male, 0.012),
+        "nose_width": about(0.116 + 0.022 * black + 0.006 * asian + 0.008 * male, 0.013),
+        "nose_length": about(0.335, 0.025),
+        "nose_bridge": about(0.115 - 0.02 * asian - 0.015 * black + 0.01 * male, 0.018),
+        "mouth_width": about(0.225 + 0.01 * male, 0.018),
+        "mouth_height": about(0.575, 0.018),
+        "lip_upper": about(0.040 + 0.014 * black - 0.004 * male, 0.008),
+        "lip_lower": about(0.058 + 0.016 * black - 0.004 * male, 0.009),
+        "ears": about(1.0, 0.1),
+    }
