@@ -55,6 +55,8 @@ class Training(Session):
         scoring = Scoring(self.reader, self.comm.rank, self.comm.world, self.device, self.recipe.data.mean,
                           self.recipe.data.std, self.parts.plan.samples)  # fmt: skip
         if trainer.step < trainer.rhythm.stop:
+            for note in self._notes():
+                say(note, self.leader)
             with self._observers(trainer, wandb) as observers:
                 trainer.run(self._batches, scoring, observers)
             self._report_bad(self.loader, self.parts.index,
@@ -80,6 +82,10 @@ class Training(Session):
             *(f"evaluation    {name}: {len(test)} samples" for name, test in self.planned_tests.items()),
             "all checks passed; nothing was trained (--dry-run)",
         ])  # fmt: skip
+
+    def _notes(self) -> list[str]:
+        """What a person should know when training starts, such as "warning: ..."; a dry run does not say it."""
+        return []
 
     def _trainer(self) -> Trainer:
         recipe, steps = self.recipe, self.parts.steps
