@@ -11,8 +11,8 @@
 The pooling trap. The released code pools `fused` by its mean over positions, and the mean of AdaIN(x, y) is the mean of
 y, exactly, whatever x is (see `adain`). So its score is a function of mean(f_share) alone: it does not depend on the
 demographic encoder, to which the detection loss gives no gradient; the fusion cancels. With `pooling: rectified`, ours,
-the mean is taken after a leaky ReLU, and the score depends on both. With `pooling: average`, as released, the mean of
-f_share is taken at once: the same score, with one encoder less to run in evaluation.
+the mean is taken after a leaky ReLU (or ScaledSiLU), and the score depends on both. With `pooling: average`, as
+released, the mean of f_share is taken at once: the same score, with one encoder less to run in evaluation.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,10 +52,25 @@ class Encoder(nn.Module):
         return self.adjust(last_map(self.backbone, images))
 
 
+class ScaledSiLU(nn.Module):
+    """x sigmoid(x / s), s the spread of x over its positions, per sample and channel: a rectifier without a kink whose
+    bend is as wide as the map, (B, C, h, w).
+
+    SiLU itself falls into the trap again: near 0 it is x/2 + x^2/4, and AdaIN gives `fused` f_share's mean square as it
+    gives its mean. In the untrained detector of recipes/detector/pg_fdd.yaml (spread 0.03), other rows' f_fair move the
+    features by 0.1 % of their own spread with SiLU, about 15 % with this, 20 % with a leaky ReLU.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spread = (x.var(dim=(2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+        return x * torch.sigmoid(x / spread)
+
+
 class PGFDD(Detector):
     """images (B, 3, H, W) -> feature_map (B, width/2, h, w), features (B, width/2), logits (B, 2).
 
     encoder: makes an encoder; called for each. needs: extra -> number of classes of logits, else 0; see `offers`.
+    smooth: see `smoothed`.
     Extras, one row per sample: "shared_logits" (B, 2), "specific_logits", "demographic_logits" (B, classes), "shared"
     and "specific" (B, width/2), the pooled blocks; for "reconstruction" the decoder's "code" and "condition"
     (B, width, h, w), and `decode`. Only the parts that the score and `needs` take are built. feature_map is what is
@@ -64,29 +79,32 @@ class PGFDD(Detector):
 
     offers = ("shared_logits", "specific_logits", "demographic_logits", "shared", "specific", "reconstruction")
 
-    def __init__(self, encoder: Callable[[], nn.Module], arguments: Arguments, needs: Mapping[str, int]):
+    def __init__(
+        self, encoder: Callable[[], nn.Module], arguments: Arguments, needs: Mapping[str, int], smooth: bool = False
+    ):
         half, heads = arguments.width // 2, arguments.heads
         super().__init__(half, half)
         self.arguments = arguments
         self.needs = {name: needs[name] for name in self.offers if name in needs}
         self.fuses = arguments.fusion == "adain" and arguments.pooling == "rectified"
         rebuilds, groups = "reconstruction" in needs, "demographic_logits" in needs
-        takers = {
-            "forgery": True, "demographic": self.fuses or groups or rebuilds, "content": rebuilds
-        }  # fmt: skip
+        encoders = {"forgery": True, "demographic": self.fuses or groups or rebuilds, "content": rebuilds}
         blocks = {
             "shared": True,
             "specific": rebuilds or "specific" in needs or "specific_logits" in needs,
             "demographic": self.fuses or groups,
         }
-        self.encoders = nn.ModuleDict({name: encoder() for name, taken in takers.items() if taken})
+        self.encoders = nn.ModuleDict({name: encoder() for name, taken in encoders.items() if taken})
         self.blocks = nn.ModuleDict({name: _block(2 * half) for name, taken in blocks.items() if taken})
-        self.rectifier = nn.LeakyReLU(_SLOPE) if arguments.pooling == "rectified" else nn.Identity()
+        rectifier = ScaledSiLU() if smooth else nn.LeakyReLU(_SLOPE)
+        self.rectifier = rectifier if arguments.pooling == "rectified" else nn.Identity()
         self.classifier = _head(half, heads.hidden, 2)
         self.heads = nn.ModuleDict(
             {name: _head(half, heads.hidden, classes) for name, classes in self.needs.items() if _is_logits(name)}
         )
         self.decoder = ConditionalDecoder(2 * half, arguments.decoder.dropout) if rebuilds else None
+        if smooth:
+            smoothed(self)
 
     def extract(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> Outputs:
         images = images.to(self.classifier[0].weight.dtype)
@@ -200,8 +218,7 @@ def build_pg_fdd(pretrained: bool | str, arguments: Mapping[str, object], needs:
         backbone, channels = create_backbone(chosen.backbone, pretrained, others, place=f"{PLACE}.backbone")
         return Encoder(backbone, channels, chosen.width)
 
-    detector = PGFDD(encoder, chosen, needs)
-    return smoothed(detector) if smooth else detector
+    return PGFDD(encoder, chosen, needs, smooth)
 
 
 def _block(width: int) -> nn.Sequential:
