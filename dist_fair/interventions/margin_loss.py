@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Intervention, Sum, Summary, Weighted, groups_of, register
+from dist_fair.interventions.heads import lifted, loss_mean, loss_sums
 
 LOGITS = "demographic_logits"
 
@@ -67,20 +67,13 @@ class MarginLoss(Intervention):
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Sum of the losses and number of samples of known group, (2,)."""
-        logits, codes = self._logits(outputs), self.groups.codes(batch.attributes)
+        logits, codes = lifted(outputs.extras[LOGITS]), self.groups.codes(batch.attributes)
         own = codes[:, None] == torch.arange(len(self.groups), device=codes.device)
         scaled = self.settings.scale * (logits - torch.where(own, self.margins.to(logits), 0))
-        losses = functional.cross_entropy(scaled, codes, ignore_index=-1, reduction="sum")
-        return {"losses": Sum(torch.stack([losses, own.sum().to(losses)]))}
+        return {"losses": Sum(loss_sums(scaled, codes))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        losses, number = summary["losses"]
-        return {"margin_loss": losses / number.clamp_min(1)}
-
-    def _logits(self, outputs: Outputs) -> torch.Tensor:
-        """The detector's, (B, G), in fp32 at least."""
-        logits = outputs.extras[LOGITS]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return {"margin_loss": loss_mean(summary["losses"])}
 
 
 def margins(drawn: np.ndarray, max_margin: float) -> np.ndarray:

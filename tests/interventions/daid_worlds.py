@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dist_fair.collectives import Communicator
@@ -19,6 +18,7 @@ from dist_fair.interventions.low_rank_projection import LowRankProjection  # noq
 from tests.interventions import worlds
 from tests.interventions.cases import VOCABULARY, parts
 from tests.interventions.cases import batch as plain_batch
+from tests.interventions.exactness import averaged, calls
 
 SIZE = 17
 MANIPULATIONS = ("Deepfakes", "FaceSwap", "NeuralTextures")
@@ -97,7 +97,7 @@ def module(comm, case, projection=()):
     return TrainingModule(Flat(width), nn.ModuleDict(chosen), comm, "fp64")
 
 
-def step(comm, case, kind, sizes, projection=(), bug=None):
+def step(comm, case, kind, projection, sizes, bug=None):
     """Loss, parameter gradients averaged over ranks as DDP does, and bytes put on the wire, of one training step."""
     whole, features = batch(sum(sizes), kind)
     rows = parts(sizes)[comm.rank]
@@ -105,13 +105,7 @@ def step(comm, case, kind, sizes, projection=(), bug=None):
     scale = (BUGS[bug](comm, model) if bug else None) or 1.0
     loss = model(Window([replace(whole, images=features).rows(rows, tuple(sizes))]), 0.0).loss
     (loss * scale).backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        if comm.world > 1:
-            dist.all_reduce(gradient)
-        gradients[name] = (gradient / comm.world).tolist()
-    return loss.item(), gradients, {name: (count.calls, count.bytes) for name, count in comm.drain().items()}
+    return loss.item(), averaged(model.named_parameters(), comm), calls(comm)
 
 
 # Bugs: each takes (comm, model), plants itself, and may return a factor for the loss. --------------------------------

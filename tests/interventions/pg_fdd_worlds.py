@@ -1,15 +1,12 @@
 """Batches, cases and a model to try PG-FDD's losses on, what runs on each rank, and bugs to plant there."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from dist_fair import collectives
 from dist_fair.collectives import Communicator
 from dist_fair.data.index import Column
 from dist_fair.demographics import Groups
@@ -20,6 +17,7 @@ from dist_fair.interventions.margin_loss import MarginLoss  # noqa: F401  (regis
 from tests.interventions import daid_worlds, worlds
 from tests.interventions.cases import VOCABULARY, parts
 from tests.interventions.cases import batch as plain_batch
+from tests.interventions.exactness import averaged, calls, restored
 
 SIZE = 17
 KINDS = ("usual", "one class", "unknown", "ties", "close", "by group", "singles")
@@ -127,33 +125,12 @@ def step(comm, case, kind, sizes, bug=None):
     whole, images, weights = batch(kind, sum(sizes))
     rows = parts(sizes)[comm.rank]
     model, intervention = heads(case), build(case)
-    with patched():
+    with restored((conditional_value_at_risk, "worst_part_weights")):
         scale = (BUGS[bug](comm, intervention) if bug else None) or 1.0
         summary = intervention.summarise(model(images[rows]), whole.rows(rows, tuple(sizes)), weights[rows])
         found = intervention.objective(base.exchange({"it": summary}, comm, sizes)["it"])
         (found[intervention.terms[0]] * scale).backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        if comm.world > 1:
-            dist.all_reduce(gradient)
-        gradients[name] = (gradient / comm.world).tolist()
-    counts = {name: (count.calls, count.bytes) for name, count in comm.drain().items()}
-    return {name: value.item() for name, value in found.items()}, gradients, counts
-
-
-@contextmanager
-def patched():
-    """Takes bugs out again: planted twice, some undo themselves."""
-    places = [(Communicator, name) for name in ("replicated_sum", "replicated_gather", "_gather")]
-    places += [(collectives._ReplicatedSum, "backward"), (collectives._ReplicatedGather, "backward")]
-    places += [(conditional_value_at_risk, "worst_part_weights")]
-    kept = [vars(owner)[name] for owner, name in places]
-    try:
-        yield
-    finally:
-        for (owner, name), value in zip(places, kept, strict=True):
-            setattr(owner, name, value)
+    return {name: value.item() for name, value in found.items()}, averaged(model.named_parameters(), comm), calls(comm)
 
 
 # Bugs: each takes (comm, intervention), plants itself, and may return a factor for the loss. -------------------------

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dist_fair import collectives
 from dist_fair.collectives import Communicator
@@ -13,6 +12,7 @@ from dist_fair.data.index import Column
 from dist_fair.interventions import base, cross_entropy
 from dist_fair.interventions.subgroup_norm import SubgroupNorm
 from tests.interventions import cases
+from tests.interventions.exactness import averaged, restored
 from tests.interventions.worlds import Alone
 
 SIZE, WIDTH = 23, 5
@@ -71,17 +71,11 @@ def train(comm, settings, sizes, bug="nothing"):
         loss.backward()
         found |= {f"loss {step}": loss.detach(), f"outputs {step}": normalised.detach()}
         found |= {f"inputs {step}": h.grad / comm.world}  # the one gradient rule
-        found |= {f"before {step}": averaged(before.grad, comm), f"after {step}": averaged(after.grad, comm)}
+        found |= averaged([(f"before {step}", before), (f"after {step}", after)], comm)
         found |= {f"{name} {step}": getattr(norm, name).clone() for name in BUFFERS}
     norm.eval()
     found["outputs in evaluation"] = norm.transform(h, part, comm).detach()
     return found
-
-
-def averaged(gradient, comm):
-    if comm.world > 1:
-        dist.all_reduce(gradient)
-    return gradient / comm.world
 
 
 def train_each(comm, all_settings, sizes):
@@ -90,18 +84,14 @@ def train_each(comm, all_settings, sizes):
 
 def train_with_each(comm, bugs, settings, sizes):
     """The same with one bug after the other; what they patch is put back."""
-    kept = [(owner, name, vars(owner)[name]) for owner, name in PATCHED]
     answers = []
     for bug in bugs:
-        answers.append(train(comm, settings, sizes, bug))
-        for owner, name, value in kept:
-            setattr(owner, name, value)
+        with restored():
+            answers.append(train(comm, settings, sizes, bug))
     return answers
 
 
 # Bugs: each takes (comm, norm) and plants itself. ---------------------------------------------------------------------
-
-PATCHED = ((Communicator, "shared_sum"), (collectives._SharedSum, "backward"))
 
 
 def nothing(comm, norm):

@@ -13,6 +13,16 @@ from dist_fair.errors import DistFairError
 from dist_fair.interventions.margin_loss import MarginLoss, margins
 from tests.interventions import reference_pg_fdd
 from tests.interventions.cases import VOCABULARY, combine, parts
+from tests.interventions.exactness import (
+    SIZES,
+    SPLITS,
+    UNEVEN,
+    caught,
+    compare_gradients,
+    on_ranks,
+    value_and_gradient,
+    value_and_gradients,
+)
 from tests.interventions.pg_fdd_worlds import (
     CASES,
     MARGIN,
@@ -26,9 +36,7 @@ from tests.interventions.pg_fdd_worlds import (
     step,
 )
 from tests.interventions.reference import groups
-from tests.ranks import run_ranks
 
-SPLITS = [(17,), (9, 8), (0, 17), (1, 1, 15), (5, 0, 4, 8), (0, 3, 0, 13, 1)]
 KINDS = ("usual", "unknown", "by group", "singles")
 
 
@@ -48,13 +56,6 @@ def by_parts(case, whole, images, sizes=(SIZE,)):
 def naive(case, whole, images, model=None):
     logits = (model or heads(case))(images).extras["demographic_logits"]
     return reference_pg_fdd.margin_loss(logits, whole, counts(case), **CASES[case][1])
-
-
-def value_and_gradient(function, images):
-    images = images.clone().requires_grad_()
-    value = function(images)
-    value.backward()
-    return value.detach(), images.grad
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,51 +127,32 @@ def test_margins_come_from_what_the_plan_draws():
 
 # Ranks ---------------------------------------------------------------------------------------------------------------
 
-SIZES = {1: (17,), 2: (9, 8), 3: (12, 0, 5), 4: (1, 7, 3, 6)}
-
 
 @functools.cache
 def truth(case, kind):
     whole, images, _ = batch(kind)
     model = heads(case)
-    value = naive(case, whole, images, model)
-    value.backward()
-    zeros = torch.zeros_like
-    gradients = {name: zeros(one) if one.grad is None else one.grad for name, one in model.named_parameters()}
-    return value.item(), gradients
+    return value_and_gradients(naive(case, whole, images, model), model)
 
 
 def compare(answers, case, kind):
     value, gradients = truth(case, kind)
     for found, found_gradients, _ in answers:
         assert found[MARGIN] == pytest.approx(value, rel=1e-10, abs=1e-12)
-        for name, one in found_gradients.items():
-            one = torch.tensor(one, dtype=torch.float64)
-            torch.testing.assert_close(one, gradients[name], rtol=1e-10, atol=1e-10)
-
-
-def steps(comm, cases, sizes, bug=None):
-    """All cases in one set of processes."""
-    return [step(comm, case, kind, sizes, bug) for case, kind in cases]
-
-
-def on_ranks(cases, sizes, bug=None):
-    answers = run_ranks(len(sizes), steps, cases, sizes, bug)
-    return [(case, [answer[number] for answer in answers]) for number, case in enumerate(cases)]
+        compare_gradients(found_gradients, gradients)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_loss_and_gradients_do_not_depend_on_the_ranks(world):
-    for case, answers in on_ranks([(case, kind) for case in MARGINS for kind in KINDS], SIZES[world]):
+    for case, answers in on_ranks(step, [(case, kind) for case in MARGINS for kind in KINDS], SIZES[world]):
         compare(answers, *case)
         assert [answer[2] for answer in answers] == [{"summaries/sum": (1, 2 * 8)}] * world
 
 
 @pytest.mark.parametrize("bug", ["no_factor", "times_world", "detached", "local", "local_number"])
 def test_planted_bugs_are_caught(bug):
-    for case, answers in on_ranks([(case, "usual") for case in MARGINS], (1, 7, 9), bug):
-        with pytest.raises(AssertionError):
-            compare(answers, *case)
+    for case, answers in on_ranks(step, [(case, "usual") for case in MARGINS], UNEVEN, bug):
+        caught(compare, answers, case)
 
 
 # Settings and detectors that do not fit ------------------------------------------------------------------------------

@@ -7,16 +7,15 @@ import functools
 
 import numpy as np
 import pytest
-import torch
 
 from dist_fair.collectives import Communicator
 from dist_fair.errors import DistFairError
 from tests.interventions import reference
 from tests.interventions.cases import CASES, VOCABULARY, batch, expected
+from tests.interventions.exactness import SIZES, UNEVEN, caught, compare_gradients, on_ranks, value_and_gradients
 from tests.interventions.worlds import SIZE, Linear, Scoring, Small, decouple, step
 from tests.ranks import run_ranks
 
-SIZES = {1: (17,), 2: (9, 8), 3: (12, 0, 5), 4: (1, 7, 3, 6)}
 SHORT = ["balanced", "grid", "samples"]
 
 
@@ -24,9 +23,7 @@ SHORT = ["balanced", "grid", "samples"]
 def truth(case):
     whole, features, weights = batch(SIZE)
     model = Linear()
-    value = expected(case, model(features), whole, weights)
-    value.backward()
-    return value.item(), [parameter.grad for parameter in model.parameters()]
+    return value_and_gradients(expected(case, model(features), whole, weights), model)
 
 
 def compare(answers, case):
@@ -34,20 +31,13 @@ def compare(answers, case):
     value, gradients = truth(case)
     for found, found_gradients in answers:
         assert found == pytest.approx(value, rel=1e-10, abs=1e-12)
-        for one, other in zip(found_gradients, gradients, strict=True):
-            torch.testing.assert_close(torch.tensor(one, dtype=torch.float64), other, rtol=1e-10, atol=1e-10)
-
-
-def steps(comm, cases, sizes, bug=None):
-    """All cases in one set of processes."""
-    return {case: step(comm, case, sizes, bug) for case in cases}
+        compare_gradients(found_gradients, gradients)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_parameter_gradients_do_not_depend_on_the_ranks(world):
-    answers = run_ranks(world, steps, list(CASES), SIZES[world])
-    for case in CASES:
-        compare([answer[case] for answer in answers], case)
+    for case, answers in on_ranks(step, [(case,) for case in CASES], SIZES[world]):
+        compare(answers, *case)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +52,8 @@ def test_parameter_gradients_do_not_depend_on_the_ranks(world):
     ],
 )
 def test_planted_bugs_of_the_loss_are_caught(bug, cases):
-    answers = run_ranks(3, steps, cases, (1, 7, 9), bug)
-    for case in cases:
-        with pytest.raises(AssertionError):
-            compare([answer[case] for answer in answers], case)
+    for case, answers in on_ranks(step, [(case,) for case in cases], UNEVEN, bug):
+        caught(compare, answers, case)
 
 
 SETTINGS = [

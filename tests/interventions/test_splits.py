@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.interventions.cases import CASES, batch, build, combine, expected, outputs, parts
+from tests.interventions.exactness import SPLITS, value_and_gradient
 
 SIZE = 17
-SPLITS = [(17,), (9, 8), (0, 17), (1, 1, 15), (5, 0, 4, 8), (0, 3, 0, 13, 1)]
 
 
 def by_parts(intervention, whole, logits, weights, sizes):
@@ -15,13 +15,6 @@ def by_parts(intervention, whole, logits, weights, sizes):
     ]
     (term,) = intervention.terms
     return intervention.objective(combine(summaries))[term]
-
-
-def value_and_gradient(function, logits):
-    logits = logits.clone().requires_grad_()
-    value = function(logits)
-    value.backward()
-    return value.detach(), logits.grad
 
 
 @pytest.mark.parametrize("kind", ["usual", "one class", "unknown"])

@@ -1,7 +1,6 @@
 """What runs on each rank, and the classic bugs to plant there. At the top of a module: it travels by name."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dist_fair import collectives
@@ -9,6 +8,7 @@ from dist_fair.collectives import Communicator
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.interventions import base, channel_decoupling
 from tests.interventions.cases import batch, build, outputs, parts
+from tests.interventions.exactness import averaged
 
 SIZE = 17
 
@@ -37,13 +37,7 @@ def step(comm, case, sizes, bug=None):
     (name,) = intervention.terms
     term = intervention.objective(base.exchange({"it": summary}, comm, sizes)["it"])[name]
     (term * scale).backward()
-    gradients = []
-    for parameter in model.parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        if comm.world > 1:
-            dist.all_reduce(gradient)
-        gradients.append(gradient / comm.world)
-    return term.item(), [gradient.tolist() for gradient in gradients]
+    return term.item(), averaged(model.named_parameters(), comm)
 
 
 class Small(Detector):
