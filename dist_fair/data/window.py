@@ -19,7 +19,7 @@ from dist_fair.data.plan import TrainingPlan
 
 @dataclass(frozen=True)
 class Window:
-    """Micro-batches of one step; `order`: (rows of all of them,) int64, which row comes where; None for just one."""
+    """Micro-batches of one step; `order`: (rows of all of them,) int64, see `canonical_order`; None for just one."""
 
     batches: Sequence[Batch]
     order: torch.Tensor | None = None
@@ -50,7 +50,8 @@ def paired(plan: TrainingPlan) -> bool:
 
 
 def canonical_order(plan: TrainingPlan, count: int, world: int) -> torch.Tensor:
-    """Where the rows of `count` micro-batches of a rank, one after the other, go in the batch that they form."""
+    """Which of the rows of `count` micro-batches of a rank, one after the other, comes at each place of the batch that
+    they form: a permutation, int64."""
     per_lane = [part // plan.lanes for part in plan.parts]
     rows = np.arange(count * plan.batch_size // world).reshape(count, plan.lanes // world, sum(per_lane))
     tapes = np.split(rows, np.cumsum(per_lane)[:-1], axis=2)  # each (micro-batches, lanes, samples)

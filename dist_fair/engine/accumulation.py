@@ -43,7 +43,8 @@ def accumulation_note(recipe: Recipe, module: TrainingModule) -> str | None:
     """What plain accumulation means to interventions that look at samples together; None where it means nothing."""
     train, end = recipe.train, math.nextafter(1.0, 0.0)  # weights only rise: who acts at all acts in the end
     names = [name for name, part in module.interventions.items() if part.couples and part.acts(end)]
-    if train.accumulate == 1 or train.accumulate_exact or not names:
+    alone = recipe.optimizer.sam.scope != "global"  # each group of rows is a batch of its own, accumulated or not
+    if train.accumulate == 1 or train.accumulate_exact or alone or not names:
         return None
     ways = f", with {_WAYS}," if batch_statistics(module.detector) else ""
     return (

@@ -1,7 +1,6 @@
-"""A detector with everything that interventions may read, plans for it, what runs on each rank, and bugs to plant."""
+"""A small detector with dropout and without batch statistics, plans, cases, and what runs on each rank."""
 
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -16,19 +15,21 @@ from dist_fair.collectives import Communicator
 from dist_fair.data.index import Column
 from dist_fair.data.loading import training_loader
 from dist_fair.data.plan import TapeSpec, TrainingPlan
-from dist_fair.data.window import Window, canonical_order, paired
+from dist_fair.data.window import canonical_order, paired
+from dist_fair.detectors import build_detector
 from dist_fair.detectors.base import Detector, Outputs
-from dist_fair.engine import module as engine
 from dist_fair.engine.loop import Rhythm, Trainer
 from dist_fair.engine.module import TrainingModule
-from dist_fair.interventions.base import Facts, Gather, Intervention, Sum, Weighted, registered
+from dist_fair.interventions.base import Facts, Gather, Intervention, Weighted, registered
 from tests.data.making import bare_index
 
 BATCH, LANES, STEPS = 32, 4, 8
-PAIRED = (TapeSpec("real", 0), TapeSpec("fake", 1))
+MIXED, PAIRED = (TapeSpec("all"),), (TapeSpec("real", 0), TapeSpec("fake", 1))
 BOTH = {"attributes": ["gender", "race"]}
 ALIGNMENT = {**BOTH, "epsilon": 0.3, "grid": 16, "bandwidth": 0.1}
 PLAIN = {"cross_entropy": {}}
+PG_FDD = {"backbone": "resnet18", "layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 16, "width": 16,
+          "heads": {"hidden": 8}, "smooth": True}  # fmt: skip
 CASES = {
     "plain": PLAIN,
     "balanced": {"cross_entropy": {"reduction": "class_balanced"}},
@@ -49,47 +50,44 @@ CASES = {
         "pair_alignment": BOTH,
     },
     "neighbours": {**PLAIN, "neighbours": {}},
-    "decoded": {**PLAIN, "decoded": {}},
+    "pg_fdd": {
+        "conditional_value_at_risk": BOTH,
+        "shared_forgery": {},
+        "specific_forgery": {},
+        "margin_loss": BOTH,
+        "contrastive_loss": {},
+        "reconstruction_loss": {},
+    },
     "delayed": {**PLAIN, "pair_alignment": {**BOTH, "delay": 0.5}},
 }
 
 
 class Small(Detector):
-    """Two convolutions with group norm, dropout by keys; and, if needed, a head for demographics and a decoder."""
+    """Two convolutions with group norm, dropout by keys and, if needed, a head for demographics."""
 
-    offers = ("demographic_logits", "reconstruction")
+    offers = ("demographic_logits",)
 
     def __init__(self, needs, width=8):
         super().__init__(width, width)
-        self.first, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.norm, self.classifier = nn.GroupNorm(2, width), nn.Linear(width, 2)
-        self.demographics = nn.Linear(width, needs["demographic_logits"]) if "demographic_logits" in needs else None
-        self.decoder = nn.Conv2d(width, 3, 3, padding=1) if "reconstruction" in needs else None
-        self.condition = nn.Linear(width, width) if "reconstruction" in needs else None
-        self.rows, self.decoded = [], []  # of each call
+        self.first, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(2, width)
+        self.second, self.classifier = nn.Conv2d(width, width, 3, stride=4, padding=1), nn.Linear(width, 2)
+        self.demographics = nn.Linear(width, needs["demographic_logits"]) if needs else None
 
     def extract(self, images, keys=None):
-        self.rows.append(len(images))
-        code = nn.functional.silu(self.norm(self.first(images)))
-        maps = nn.functional.silu(self.second(code)) * self.channel_mask[:, None, None]
-        features = maps.mean((2, 3))
-        extras = {}
+        images = images.to(self.first.weight.dtype)
+        maps = nn.functional.silu(self.second(nn.functional.silu(self.norm(self.first(images)))))
+        maps = maps * self.channel_mask[:, None, None]
+        features, extras = maps.mean((2, 3)), {}
         if self.training and self.demographics is not None:
             extras["demographic_logits"] = self.demographics(self.dropped(features, keys, 1))
-        if self.training and self.decoder is not None:
-            extras |= {"code": code, "condition": self.condition(features)}
-        features = self.dropped(features, keys, 2)
-        return Outputs(features[:, :0], features, maps, extras, self.decode if self.decoder is not None else None)
+        return Outputs(features[:, :0], self.dropped(features, keys, 2), maps, extras)
 
     def classify(self, features, keys=None):
         return self.classifier(self.dropped(features, keys, 3))
 
-    def decode(self, code, condition, keys):
-        self.decoded.append(len(code))
-        return self.decoder(self.dropped(code * condition[:, :, None, None], keys, 4)).tanh()
-
     def resize_classifier(self, features):
         self.classifier = nn.Linear(features, 2)
+        self.classifier.weight.data *= 10  # predictions that differ
 
     def dropped(self, x, keys, salt):
         return x if keys is None else keyed_rows.dropout(x, 0.25, keyed_rows.mixed(keys, salt))
@@ -111,33 +109,6 @@ class Neighbours(Intervention):
         return {"neighbours": 10 * (summary["rows"] * summary["rows"].roll(1, 0)).mean()}
 
 
-class Decoded(Intervention):
-    """Looks at pairs on a rank: fakes decoded under the conditions of the reals, and the reverse, against images."""
-
-    terms = ("decoded",)
-
-    @dataclass
-    class Settings(Weighted):
-        pass
-
-    @classmethod
-    def needs(cls, settings, index):
-        return {"reconstruction": 0}
-
-    def summarise(self, outputs, batch, weights):
-        real, fake = (torch.where(batch.labels == label)[0] for label in (0, 1))
-        rows, others = torch.cat([fake, real]), torch.cat([real, fake])
-        decoded = outputs.decode(outputs.extras["code"][rows], outputs.extras["condition"][others], batch.keys[rows])
-        errors = (decoded - batch.images[rows]).abs().mean((1, 2, 3))
-        return {"errors": Sum(torch.stack([errors.sum(), errors.new_tensor(len(rows))]))}
-
-    def objective(self, summary):
-        return {"decoded": summary["errors"][0] / summary["errors"][1]}
-
-
-STAND_INS = {"neighbours": Neighbours, "decoded": Decoded}
-
-
 def index(size=75, seed=3):
     """Training data of three shards with unknown values, an absent group (male/Black) and manipulations."""
     random = np.random.default_rng(seed)
@@ -151,8 +122,9 @@ def index(size=75, seed=3):
     return replace(made, attributes=attributes, manipulations=Column(("Deepfakes", "FaceSwap"), manipulations))
 
 
-def plan(accumulate=1, tapes=PAIRED, batch_size=BATCH, lanes=LANES, data=None):
-    return TrainingPlan(data or index(), tapes, batch_size // accumulate, lanes, window=8, seed=4)
+def plan(case, accumulate=1):
+    tapes = PAIRED if case in ("pg_fdd", "hardest pairs", "daid") else MIXED
+    return TrainingPlan(index(), tapes, BATCH // accumulate, LANES, window=8, seed=4)
 
 
 def batches(plan, rank, world, start, stop, side=8):
@@ -168,25 +140,27 @@ def batches(plan, rank, world, start, stop, side=8):
 
 def module(case, plan, comm, precision="fp64"):
     """Detector and interventions as `assembly.build_module` puts them together."""
-    kinds = registered() | STAND_INS
+    kinds = registered() | {"neighbours": Neighbours}
     settings = {name: kinds[name].Settings(**given) for name, given in CASES[case].items()}
     needs = {}
     for name, chosen in settings.items():
         needs |= kinds[name].needs(chosen, plan.index)
     torch.manual_seed(7)
-    detector = Small(needs)
+    # PG-FDD's adjustment has batch norm, whatever the backbone.
+    detector = build_detector("pg_fdd", False, "frozen", PG_FDD, comm, needs) if case == "pg_fdd" else Small(needs)
     facts = Facts(plan.index, plan.frequencies, 5, STEPS, detector.channels, paired(plan))
     parts, width = nn.ModuleDict(), detector.features
     for name, chosen in settings.items():
         parts[name] = kinds[name](chosen, facts, width)
         width = parts[name].width
-    detector.resize_classifier(width)
+    if case != "pg_fdd":
+        detector.resize_classifier(width)
     return TrainingModule(detector, parts, comm, precision)
 
 
 def trainer(case, comm, accumulate, exact=True, precision="fp64"):
     """A Trainer in training; the module is wrapped in DDP, as on a cluster, if there are processes to speak to."""
-    chosen = plan(accumulate)
+    chosen = plan(case, accumulate)
     bare = module(case, chosen, comm, precision)
     order = canonical_order(chosen, accumulate, comm.world) if exact and accumulate > 1 else None
     rhythm = Rhythm(STEPS, STEPS, accumulate, None, None, 1, order)
@@ -199,15 +173,29 @@ def trainer(case, comm, accumulate, exact=True, precision="fp64"):
     if torch.distributed.is_initialized():
         made.wrapped = DistributedDataParallel(bare, gradient_as_bucket_view=True)
     bare.train()
+    made.rows, made.decoded = counted(bare.detector)
     return chosen, made
 
 
+def counted(detector):
+    """The numbers of rows of the calls of `extract` and of the decoder, as they come."""
+    rows, decoded, extract = [], [], detector.extract
+
+    def noted(images, keys=None):
+        rows.append(len(images))
+        return extract(images, keys)
+
+    detector.extract = noted
+    if hasattr(detector, "decoder"):
+        detector.decoder.register_forward_pre_hook(lambda _, arguments: decoded.append(len(arguments[0])))
+    return rows, decoded
+
+
 def step(comm, case, accumulate, number=1, **settings):
-    """Loss, terms and gradients of one step, the buffers after it and the rows that the detector saw."""
+    """Loss and gradients of one step, the buffers after it, and the rows of the detector's calls."""
     chosen, made = trainer(case, comm, accumulate, **settings)
     made.step = number
-    return after(made, made._backward(batches(chosen, comm.rank, comm.world, number * accumulate,
-                                              (number + 1) * accumulate)))  # fmt: skip
+    return after(made, loaded(chosen, comm, made, case))
 
 
 def steps(comm, tasks):
@@ -215,123 +203,47 @@ def steps(comm, tasks):
     return [step(comm, *task) for task in tasks]
 
 
-def trajectory(case, accumulate, count=STEPS, **settings):
-    """`step` after each of some steps of gradient descent, on one rank."""
-    comm = Communicator()
+def trajectory(case, accumulate, **settings):
+    """`step` after each step of a run, on one rank."""
+    comm, found = Communicator(), []
     chosen, made = trainer(case, comm, accumulate, **settings)
-    found = []
-    for made.step in range(count):
+    for made.step in range(STEPS):
         made.optimizer.zero_grad()
-        first = made.step * accumulate
-        history = made._backward(batches(chosen, comm.rank, comm.world, first, first + accumulate))
-        found.append(after(made, history))
+        found.append(after(made, loaded(chosen, comm, made, case)))
         made.optimizer.step()
     return found
 
 
-def after(made, history):
-    detector = made.module.detector
+def loaded(plan, comm, made, case):
+    """The micro-batches of the trainer's step."""
+    first = made.step * made.rhythm.accumulate
+    side = 32 if case == "pg_fdd" else 8
+    return batches(plan, comm.rank, comm.world, first, first + made.rhythm.accumulate, side)
+
+
+def after(made, batches):
+    history = made._backward(batches)
+    gradients = {name: torch.zeros_like(one) if one.grad is None else one.grad.clone()
+                 for name, one in made.module.named_parameters()}  # fmt: skip
     result = {
-        "loss": np.array(sum(losses.loss.item() for losses in history) / len(history)),
-        "gradients": {name: value.grad.numpy().copy() for name, value in made.module.named_parameters()},
+        "loss": sum(losses.loss.item() for losses in history) / len(history),
+        "gradients": {name: gradient.numpy() for name, gradient in gradients.items()},
         "buffers": {name: value.numpy().copy() for name, value in made.module.named_buffers()},
-        "rows": [*detector.rows],
-        "decoded": [*detector.decoded],
+        "rows": [*made.rows],
+        "decoded": [*made.decoded],
     }
-    detector.rows, detector.decoded = [], []
+    made.rows.clear()
+    made.decoded.clear()
     return result
 
 
 def difference(one, other):
-    """Largest difference of losses, gradients and buffers; each relative to its largest value, or to 1e-3 if less."""
-    assert one["gradients"].keys() == other["gradients"].keys()
-    pairs = [(one["loss"], other["loss"])]
+    """Largest difference of losses, gradients and buffers; relative to the tensor's largest value, or to 1e-3 of that
+    of all gradients or buffers."""
+    worst = abs(one["loss"] - other["loss"]) / one["loss"]
     for kind in ("gradients", "buffers"):
-        pairs += [(value, other[kind][name]) for name, value in one[kind].items()]
-    return max(float(np.abs(left - right).max() / max(np.abs(left).max(), 1e-3)) for left, right in pairs)
-
-
-# Bugs: each is a context, on one rank, in which `step` has it. --------------------------------------------------------
-
-
-@contextmanager
-def patched(owner, name, value):
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-def by_micro_batch():
-    """Rows in the order in which they were read."""
-
-    def as_read(plan, count, world):
-        return torch.arange(count * plan.batch_size // world)
-
-    return patched(sys.modules[__name__], "canonical_order", as_read)
-
-
-def one_by_one():
-    """Plain accumulation: an objective for each micro-batch."""
-    return patched(Trainer, "_windows", lambda self, batches: [Window([batch]) for batch in batches])
-
-
-def labels_as_read():
-    """Outputs in canonical order, and labels and groups in another."""
-
-    def merged(self):
-        return arranged(replace(self, order=torch.arange(len(self.order))))
-
-    arranged = Window.merged
-    return patched(Window, "merged", merged)
-
-
-def without_gradient():
-    """The first pass has no graph, and nobody hands the second one the gradients of its outputs."""
-
-    def constant(self, columns):
-        return arranged(self, [column.detach() for column in columns])
-
-    arranged = Window.arranged
-    return patched(Window, "arranged", constant)
-
-
-def divided_twice():
-    """The joined loss is a mean over all samples, and is divided by the number of micro-batches as well."""
-
-    def smaller(self, batches):
-        history = backward(self, batches)
-        for parameter in self.module.parameters():
-            parameter.grad /= len(batches)
-        return history
-
-    backward = Trainer._backward
-    return patched(Trainer, "_backward", smaller)
-
-
-def redrawn():
-    """The re-run draws dropout anew."""
-
-    def dropped(self, x, keys, salt):
-        return draw(self, x, keys, salt + 100 * (torch._C._current_graph_task_id() != -1))
-
-    draw = Small.dropped
-    return patched(Small, "dropped", dropped)
-
-
-def last_only():
-    """Only the micro-batch that kept its activations gets gradients."""
-
-    def once(function, *arguments, use_reentrant):
-        with torch.no_grad():
-            return function(*arguments)
-
-    return patched(engine, "checkpoint", once)
-
-
-BUGS = {
-    bug.__name__: bug
-    for bug in (by_micro_batch, one_by_one, labels_as_read, without_gradient, divided_twice, redrawn, last_only)
-}
+        assert one[kind].keys() == other[kind].keys()
+        least = 1e-3 * max(np.abs(value).max() for value in one[kind].values())
+        for name, value in one[kind].items():
+            worst = max(worst, np.abs(value - other[kind][name]).max() / max(np.abs(value).max(), least))
+    return worst
