@@ -231,6 +231,23 @@ def test_every_parameter_has_a_gradient_whatever_is_needed(fusion):
             assert ("content" in detector.encoders) == (detector.decoder is not None) == ("reconstruction" in names)
 
 
+def test_extras_by_their_definition():
+    detector, images = of_patches(), pictures()
+    forgery, content, demographic = (
+        detector.encoders[name](images) for name in ("forgery", "content", "demographic")
+    )  # fmt: skip
+    shared, specific = detector.blocks["shared"](forgery), detector.blocks["specific"](forgery)
+    fair = detector.blocks["demographic"](demographic)
+    expected = {"shared": shared.mean((2, 3)), "specific": specific.mean((2, 3))}
+    for name, block in (("shared", shared), ("specific", specific), ("demographic", fair)):
+        expected[f"{name}_logits"] = detector.heads[f"{name}_logits"](block.mean((2, 3)))
+    expected |= {"code": torch.cat([specific, shared], dim=1), "condition": adain(demographic, content)}
+    extras = detector.extract(images).extras
+    assert extras.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(extras[name], value, rtol=0, atol=1e-12)
+
+
 def test_no_extras_unless_needed():
     detector = build({})
     outputs = detector.extract(pictures(), torch.arange(4))
@@ -357,9 +374,12 @@ def test_reconstructions_for_a_gallery():
 def test_half_precision_reaches_the_decoder(monkeypatch):
     detector, types = build(double=False), []
     detector.decoder.rgb.register_forward_hook(lambda *arguments: types.append(arguments[-1].dtype))
+    for head in detector.heads.values():  # small, and margins need digits
+        head[-1].register_forward_hook(lambda *arguments: types.append(arguments[-1].dtype))
     for half in (torch.bfloat16, torch.float32):
         with torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16):
             outputs = detector.extract(pictures(2).float(), torch.arange(2))
+        assert [types.pop() for _ in detector.heads] == [torch.float32] * 3
         code, condition = (outputs.extras[name].float() for name in ("code", "condition"))
         images = outputs.decode(code, condition, torch.arange(2))
         assert types.pop() == half
