@@ -46,7 +46,7 @@ def whole(case):
 
 @cache
 def on_world(world):
-    return run_ranks(world, worlds.steps, TASKS)
+    return run_ranks(world, worlds.steps, TASKS, timeout=300)  # 5 s of CPU a rank, and others may be at work
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
