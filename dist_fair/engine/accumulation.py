@@ -10,7 +10,7 @@ from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError
 from dist_fair.recipe.schema import Recipe
 
-_WAYS = "detector.norm=frozen, or a backbone with group norm such as detector.name=resnet50_gn"
+_WAYS = "detector.norm=frozen, or group norm (resnet50_gn; in ResNets +detector.arguments.norm_layer=groupnorm)"
 
 
 def refuse_batch_statistics(recipe: Recipe, detector: nn.Module) -> None:

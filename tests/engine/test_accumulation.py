@@ -153,7 +153,7 @@ def test_batch_statistics_are_refused(norm):
     with pytest.raises(DistFairError) as error:
         built(recipe(norm, accumulate_exact=True))
     for part in ("train.accumulate_exact=true", "layer 'backbone.bn1' (and 12 more)", f"detector.norm={norm}",
-                 "detector.norm=frozen", "detector.name=resnet50_gn", "train.accumulate_exact=false"):  # fmt: skip
+                 "detector.norm=frozen", "resnet50_gn", "train.accumulate_exact=false"):  # fmt: skip
         assert part in str(error.value)
 
 
