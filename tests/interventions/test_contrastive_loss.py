@@ -57,9 +57,8 @@ def test_any_split_equals_the_loops(case, kind):
         truth = value_and_gradient(lambda x, s=sizes: naive(case, whole, Forgery()(x), s)[0], images)
         found = value_and_gradient(lambda x, s=sizes: by_parts(case, whole, x, s), images)
         torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10, msg=lambda m, s=sizes: f"split {s}: {m}")
-        assert (
-            kind in ("no fakes", "no reals") or case in LOCAL or truth[1].abs().max() > 1e-3
-        )  # something to get wrong
+        empty = kind in ("no fakes", "no reals") or case in LOCAL
+        assert empty or truth[1].abs().max() > 1e-3  # there is something to get wrong
 
 
 @pytest.mark.parametrize("kind", ["no fakes", "no reals"])
@@ -114,7 +113,7 @@ def test_the_host_never_waits(case):
 
 @st.composite
 def halves(draw):
-    """Labels, classes (of fakes from 1 on, some -1) and draws with ties, and whether samples may pair with themselves."""
+    """Labels, classes (of fakes 1, 2, 3 or -1), draws with ties, and whether samples may be their own positives."""
     rows = draw(st.lists(st.tuples(st.integers(0, 1), st.integers(-1, 3).filter(bool), *[st.integers(0, 4)] * 2)))
     labels, kinds, *numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).unbind(1)
     return labels, torch.where(labels == 1, kinds, 0), torch.stack(numbers, dim=1) / 4, draw(st.booleans())
@@ -160,18 +159,18 @@ def test_negatives_are_used_evenly(made):
 
 @pytest.mark.parametrize("self_pairs", [False, True])
 def test_every_choice_is_as_likely(self_pairs):
-    """Of 4 reals and 5 fakes, over 6,000 epochs; four standard deviations are 150 at most."""
+    """Of 4 reals and 5 fakes, over 1,000 epochs; four standard deviations are 60 at most."""
     labels = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0, 1])
     near, far = torch.zeros(9, 9), torch.zeros(9, 9)
-    for epoch in range(6000):
+    for epoch in range(1000):
         draws = uniform(mixed(torch.arange(9), epoch), 2)
         positives, negatives, _ = triplets(labels, labels, draws, 2, self_pairs)
         near[torch.arange(9), positives] += 1
         far[torch.arange(9), negatives] += 1
     own, sizes = labels[:, None] == labels, torch.tensor([4, 5])[labels][:, None]
     chosen = own if self_pairs else own & ~torch.eye(9, dtype=torch.bool)
-    assert (near - 6000 * chosen / (sizes if self_pairs else sizes - 1)).abs().max() < 150
-    assert (far - 6000 * ~own / (9 - sizes)).abs().max() < 150
+    assert (near - 1000 * chosen / (sizes if self_pairs else sizes - 1)).abs().max() < 60
+    assert (far - 1000 * ~own / (9 - sizes)).abs().max() < 60
 
 
 def test_triplets_change_with_the_keys_and_differ_between_spaces():

@@ -59,7 +59,7 @@ def test_partners_are_each_others_whatever_the_order_in_a_lane():
 def test_the_four_are_what_their_names_say():
     """A decoder that gives the code's constant: content decides the target, the code's giver the prediction."""
     whole, images = batch("paired", LANE)  # real, real, fake, fake
-    whole.images[:] = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(4, 1, 1, 1)
+    whole.images[:] = torch.tensor([0.1, 0.2, 0.4, 0.8], dtype=torch.float64).view(4, 1, 1, 1)
     outputs = Forgery()(images)
     outputs.extras["code"] = whole.images[:, :2, :3, :3].clone()
     outputs.decode = lambda code, condition, keys: code[:, :1, :1, :1].expand(-1, 3, 6, 6)
