@@ -1,15 +1,11 @@
-"""The program with one classic bug planted: `python -m tests.command_line.planted FOLDER BUG ... -- ARGUMENTS`.
+"""Classic bugs: each function gives a patch, with which the program has that bug."""
 
-Each bug is run in turn, in the same ranks, into FOLDER/BUG.
-"""
-
-import sys
 from unittest import mock
 
 import numpy as np
 import torch
 
-from dist_fair import collectives, train
+from dist_fair import collectives
 from dist_fair.data import loading, plan
 from dist_fair.detectors import norm
 from dist_fair.interventions.inverse_propensity import InversePropensity
@@ -142,25 +138,3 @@ def double_moments_update():
         real(self, *moments)
 
     return mock.patch.object(SubgroupNorm, "_track", twice)
-
-
-SFD_GDA = ("no_factor", "squared_factor", "local_statistics", "detached_norm", "local_norm", "double_norm_update",
-           "per_rank_mask", "order_by_rank", "augmented_by_rank", "tail_repeated")  # fmt: skip
-DAID = ("no_factor", "squared_factor", "local_statistics", "local_moments", "detached_moments",
-        "moments_without_others", "propensity_of_the_batch", "double_moments_update")  # fmt: skip
-
-
-def main(arguments: list[str]) -> int:
-    split = arguments.index("--")
-    folder, *bugs = arguments[:split]
-    for name in bugs:
-        with globals()[name]():
-            try:
-                train.main([*arguments[split + 1 :], f"out={folder}/{name}"])
-            except ValueError as error:
-                print(f"{name}: {error}", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dist_fair import shards
 from dist_fair.data.writing import Sample, write_shards
+from tests.command_line.several import Start, together
 
 GENDERS, RACES = ("female", "male"), ("Asian", "Black", "White")
 SIZE = 32
@@ -70,13 +71,7 @@ def launch(ranks: int, module: str, *arguments: str) -> subprocess.CompletedProc
 def on_ranks(worlds: tuple[int, ...], arguments: list[str], folder: Path) -> Path:
     """The same run on each number of ranks, into FOLDER/W."""
     for world in worlds:
-        succeed(launch(world, "dist_fair.train", *arguments, f"out={folder / str(world)}"))
-    return folder
-
-
-def with_bugs(bugs: tuple[str, ...], arguments: list[str], folder: Path) -> Path:
-    """The same run on two ranks with each bug of `planted` in turn, into FOLDER/BUG."""
-    succeed(launch(2, "tests.command_line.planted", str(folder), *bugs, "--", *arguments))
+        together(world, [Start(folder / str(world), arguments)])
     return folder
 
 
@@ -93,14 +88,19 @@ def succeed(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     return done
 
 
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def metrics(run: Path, steps: range | None = None) -> list[dict]:
+    """The lines of metrics.jsonl, or of these steps alone, of which none may lack."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if steps is None:
+        return lines
+    chosen = [line for line in lines if line["step"] in steps]
+    assert [line["step"] for line in chosen] == list(steps), f"{run} has steps {[line['step'] for line in lines]}"
+    return chosen
 
 
-def losses(run: Path, key: str = "loss") -> np.ndarray:
+def losses(run: Path, key: str = "loss", steps: range | None = None) -> np.ndarray:
     """One number a step; not-a-number where a term was not active."""
-    return np.array([np.nan if line[key] is None else line[key] for line in metrics(run)])
+    return np.array([np.nan if line[key] is None else line[key] for line in metrics(run, steps)])
 
 
 def final_model(run: Path) -> dict:
@@ -108,20 +108,20 @@ def final_model(run: Path) -> dict:
     return load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
 
 
-def difference(one: Path, other: Path) -> float:
+def difference(one: Path, other: Path, steps: range | None = None) -> float:
     """Largest difference of the losses of two runs, relative to the loss; infinite where they cannot be compared."""
     worst = 0.0
     for key in (key for key in metrics(one)[0] if key.startswith("loss")):
-        left, right = losses(one, key), losses(other, key)
+        left, right = losses(one, key, steps), losses(other, key, steps)
         if left.shape != right.shape or not np.array_equal(np.isnan(left), np.isnan(right)):
             return np.inf
-        worst = max(worst, float(np.nanmax(np.abs(left - right) / losses(one))))
+        worst = max(worst, float(np.nanmax(np.abs(left - right) / losses(one, "loss", steps))))
     return worst
 
 
-def norm_difference(one: Path, other: Path) -> float:
+def norm_difference(one: Path, other: Path, steps: range | None = None) -> float:
     """Largest relative difference of the gradient norms of two runs."""
-    left, right = losses(one, "gradient_norm"), losses(other, "gradient_norm")
+    left, right = losses(one, "gradient_norm", steps), losses(other, "gradient_norm", steps)
     return float(np.abs(left - right).max() / left.max())
 
 

@@ -12,15 +12,10 @@ import torch
 
 from dist_fair import cli, session
 from dist_fair.reporting import wandb_log
-from tests.command_line.runs import QUICK_WITHOUT_METHODS, call, card, final_model, losses, metrics, succeed
+from tests.command_line.runs import QUICK_WITHOUT_METHODS, call, final_model, losses, metrics, succeed
 
 ERM = ["train", "recipe=erm", *QUICK_WITHOUT_METHODS, "train.steps=4", "checkpoint.every=2", "evaluation.bootstrap=0"]
 TRAINING_ONLY = "evaluation.at_end=false"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return card(tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture(scope="module")
