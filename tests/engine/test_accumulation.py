@@ -179,11 +179,11 @@ def test_plain_accumulation_says_what_it_means():
 
 
 def test_the_note_names_what_the_way_out_needs():
-    module = built(recipe())
-    module.interventions["neighbours"] = worlds.module(
-        "neighbours", worlds.plan("plain"), Communicator()
-    ).interventions["neighbours"]
-    assert "accumulate_exact=true, with detector.norm=frozen, or a backbone" in accumulation_note(recipe(), module)
+    chosen = recipe()
+    chosen.interventions["pair_alignment"] = registered()["pair_alignment"].Settings()
+    note = accumulation_note(chosen, built(chosen))
+    assert "to pair_alignment each" in note
+    assert "train.accumulate_exact=true, with detector.norm=frozen, or group norm (resnet50_gn" in note
 
 
 @pytest.mark.parametrize("epochs", [0.4, 1, 2, 3.3])
