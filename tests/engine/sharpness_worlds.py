@@ -2,11 +2,10 @@
 
 import functools
 import os
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from dist_fair.recipe.schema import Sam, Schedule
 from tests.data.making import bare_index
 
 BATCH, LANES, STEPS, DECAY = 32, 4, 20, 0.01
+ALL, PAIRED = (TapeSpec("all"),), (TapeSpec("real", 0), TapeSpec("fake", 1))
 BOTH = {"attributes": ["gender", "race"]}
 METHODS = {
     "moments": {"cross_entropy": {}, "subgroup_norm": {**BOTH, "minimum": 4}, "pair_alignment": BOTH},
@@ -77,10 +77,11 @@ class Small(Detector):
         return x if keys is None else keyed_rows.dropout(x, 0.25, keyed_rows.mixed(keys, salt))
 
 
-def plan(accumulate=1, tapes=(TapeSpec("real", 0), TapeSpec("fake", 1))):
+def plan(accumulate=1, tapes=PAIRED):
     random = np.random.default_rng(3)
+    names = {"gender": ("female", "male"), "race": ("Asian", "Black", "White")}
     attributes = {name: Column(values, random.integers(-1, len(values), 75).astype(np.int32))
-                  for name, values in (("gender", ("female", "male")), ("race", ("Asian", "Black", "White")))}  # fmt: skip
+                  for name, values in names.items()}  # fmt: skip
     index = replace(bare_index([25] * 3, random.integers(0, 2, 75)), attributes=attributes)
     return TrainingPlan(index, tapes, BATCH // accumulate, LANES, window=8, seed=4)
 
@@ -136,19 +137,9 @@ def train(comm, run, folder, stop=None, bug=None):
     if found := checkpoint.newest(Path(folder)):
         made.resume(checkpoint.read(found))
     values = []
-    with BUGS[bug](made) if bug else nullcontext():
+    with bug(made) if bug else nullcontext():
         made.run(stream, None, [lambda step, told: values.append(told)])
     return values, {name: value.clone() for name, value in made.module.state_dict().items()}
-
-
-def train_all(comm, runs, folder, stop=None):
-    """`train` each of `runs`, name -> run."""
-    return {name: train(comm, run, f"{folder}/{name}", stop) for name, run in runs.items()}
-
-
-def train_bugs(comm, runs, folder):
-    """runs: bug -> the run to plant it in."""
-    return {bug: train(comm, run, f"{folder}/{bug}", bug=bug) for bug, run in runs.items()}
 
 
 def oracle(run):
@@ -211,96 +202,3 @@ def _relative(left, right):
     if left.shape != right.shape:
         return torch.inf
     return float((left - right).abs().max() / left.abs().max().clamp_min(1e-3))
-
-
-# Bugs: each is a context around a Trainer's run on one of several ranks. ----------------------------------------------
-
-
-def local_perturbation(made):
-    """The first gradient is not synchronised: each rank climbs its own loss (composer, GSAM under DDP)."""
-    backward, passes = made._backward, []
-
-    def alternating(batches):
-        passes.append(len(passes) % 2)
-        with nullcontext() if passes[-1] else made.wrapped.no_sync():
-            return backward(batches)
-
-    return mock.patch.object(made, "_backward", alternating)
-
-
-def norm_of_each_tensor(made):
-    """Each tensor is moved by rho, not all of them together."""
-
-    @contextmanager
-    def one_by_one(parameters, sam):
-        with ExitStack() as stack:
-            norms = [stack.enter_context(perturbed([parameter], sam)) for parameter in parameters]
-            yield torch.stack(norms).square().sum().sqrt()
-
-    perturbed = sharpness.perturbed
-    return mock.patch.object(sharpness, "perturbed", one_by_one)
-
-
-def double_statistics(made):
-    """Running statistics are updated by both passes."""
-    return mock.patch.object(sharpness, "statistics_held", lambda module: nullcontext())
-
-
-def decay_in_the_perturbation(made):
-    """The perturbation follows the gradient that the optimizer would step by."""
-
-    def decayed(parameters, sam):
-        for parameter in parameters:
-            parameter.grad += DECAY * parameter.detach()
-        return perturbed(parameters, sam)
-
-    perturbed = sharpness.perturbed
-    return mock.patch.object(sharpness, "perturbed", decayed)
-
-
-def redrawn(made):
-    """Other dropout in the second pass."""
-    draw, passes = Small.dropped, []
-
-    def dropped(self, x, keys, salt):
-        passes.append(salt)
-        return draw(self, x, keys, salt + 100 * len(passes))
-
-    return mock.patch.object(Small, "dropped", dropped)
-
-
-def first_gradients_kept(made):
-    """The gradients of both passes are added."""
-
-    @contextmanager
-    def adding(parameters, sam):
-        first = [parameter.grad.clone() for parameter in parameters]
-        with perturbed(parameters, sam) as norm:
-            yield norm
-        for parameter, gradient in zip(parameters, first, strict=True):
-            parameter.grad += gradient
-
-    perturbed = sharpness.perturbed
-    return mock.patch.object(sharpness, "perturbed", adding)
-
-
-def rows_of_a_rank(made):
-    """The groups are the rows that each rank has, whatever their number."""
-    return mock.patch.object(sharpness, "groups", lambda batch, size: [batch.rows(slice(None), (len(batch),))])
-
-
-def gradients_of_a_rank(made):
-    """The gradients of the groups are averaged on each rank only."""
-    add = Communicator.sum
-
-    def own(self, tensor, name):
-        return tensor * self.world if name == "sam/gradients" else add(self, tensor, name)
-
-    return mock.patch.object(Communicator, "sum", own)
-
-
-OF_THE_STEP = (
-    local_perturbation, norm_of_each_tensor, double_statistics, decay_in_the_perturbation, redrawn, first_gradients_kept
-)  # fmt: skip
-OF_GROUPS = (rows_of_a_rank, gradients_of_a_rank)
-BUGS = {bug.__name__: bug for bug in (*OF_THE_STEP, *OF_GROUPS)}
