@@ -1,7 +1,6 @@
 """`dist-fair ablate`: rows become runs, runs become a table; what is wrong with a row is said before any is trained."""
 
 import csv
-import os
 from statistics import mean
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +18,6 @@ from dist_fair.recipes import interventions
 from dist_fair.studies import runs
 from dist_fair.studies.ablation import leave_one_out, read_table, rows_of, tables
 from dist_fair.studies.runs import Run, results
-from tests.command_line.runs import card
 
 PRESENT = ("cross_entropy", "channel_decoupling", "distribution_alignment")
 DAID = ("cross_entropy", "inverse_propensity", "subgroup_norm", "low_rank_projection", "pair_alignment")
@@ -38,13 +36,6 @@ rows:
     overrides: [interventions.distribution_alignment.weight=0.01]
   whole: all
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gpu():
-    gone = mock.patch.object(torch.cuda, "device_count", return_value=0)
-    with gone, mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
-        yield
 
 
 @pytest.fixture
@@ -203,10 +194,10 @@ def train_here(run: Run, ranks: int) -> SimpleNamespace:
     return SimpleNamespace(poll=lambda: code)
 
 
-def test_from_rows_to_a_table(tmp_path, table, monkeypatch, capsys):
+def test_from_rows_to_a_table(data, tmp_path, table, monkeypatch, capsys):
     """Two rows, two seeds: a dry run, the runs, their table; again, and nothing is trained."""
     monkeypatch.setattr(runs, "_start", train_here)
-    data, out = card(tmp_path), tmp_path / "out"
+    out = tmp_path / "out"
     (recipe := tmp_path / "tiny.yaml").write_text(RECIPE)
     arguments = [f"recipe={recipe}", f"data={data}", "--table", table(TABLE), "--rows", "GDA, weak", "ERM",
                  "--seeds", "0", "1", "--out", str(out)]  # fmt: skip

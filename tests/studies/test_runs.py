@@ -1,53 +1,23 @@
-"""A study's runs: only what is missing is trained, nothing stale is taken, what was started here is stopped here."""
+"""A study's runs: only what is missing is trained, nothing stale is taken."""
 
 import contextlib
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 
 from dist_fair import cli
 from dist_fair.errors import DistFairError
 from dist_fair.studies import runs
 from dist_fair.studies.runs import Run, finished, over_seeds, results, train_all
-from tests.command_line.runs import card, losses, metrics
+from tests.command_line.runs import losses, metrics
 
-RECIPE = """
-defaults: [erm]
-train: {steps: 4, batch_size: 32}
-data: {window: 8, image_size: 32}
-checkpoint: {every: 2}
-evaluation: {bootstrap: 0, batch_size: 24}
-wandb: {mode: disabled}
-detector: {arguments: {layers: [1, 1, 1, 1], channels: [8, 16, 32, 64]}}
-"""
 FOLDER = "a study, of (three) = it's"  # whatever Hydra's grammar could stumble over
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gpu():
-    with (
-        mock.patch.object(torch.cuda, "device_count", return_value=0),
-        mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}),
-    ):
-        yield
-
-
-@pytest.fixture(scope="module")
-def erm(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    (root / "tiny.yaml").write_text(RECIPE)
-    return f"recipe={root / 'tiny.yaml'}", f"data={card(root)}"
 
 
 @pytest.fixture(scope="module")
@@ -112,37 +82,16 @@ def test_finished_runs_are_left_alone(study, monkeypatch, capsys):
     assert capsys.readouterr().out == "2 of 2 runs are finished\n"
 
 
-def started(monkeypatch, script: str, number: int | None = None) -> list[subprocess.Popen]:
-    """A shell script in place of each training; `others`: how many ran when it was started.
-
-    number: a signal that comes while the second one starts.
-    """
-    processes = []
-
-    def start(run, ranks):
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        run.log.write_text("\n".join(f"line {number}" for number in range(9)))
-        others = sum(process.poll() is None for process in processes)
-        processes.append(subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL))
-        processes[-1].others = others
-        if number and len(processes) == 2:
-            os.kill(os.getpid(), number)
-        return processes[-1]
-
-    monkeypatch.setattr(runs, "_start", start)
-    return processes
-
-
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_so_many_jobs_at_a_time(erm, tmp_path, monkeypatch, jobs):
-    processes = started(monkeypatch, "sleep 0.3")
+def test_so_many_jobs_at_a_time(erm, tmp_path, started, jobs):
+    processes = started("sleep 0.3")
     train_all(over_seeds(tmp_path, "run", erm, range(3)), jobs)
     assert len(processes) == 3
     assert max(process.others for process in processes) == jobs - 1
 
 
-def test_a_killed_run_is_called_so(erm, tmp_path, monkeypatch):
-    started(monkeypatch, "kill -9 $$")
+def test_a_killed_run_is_called_so(erm, tmp_path, started):
+    started("kill -9 $$")
     with pytest.raises(DistFairError, match=r"killed by SIGKILL; .*run-0.log ends:\n    line 4\n(.*\n){3}    line 8$"):
         train_all(over_seeds(tmp_path, "run", erm, [0]))
 
@@ -251,92 +200,3 @@ def test_a_launched_rank_starts_no_study(erm, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(DistFairError, match="start it once, without torchrun"):
         train_all([Run(tmp_path, erm)])
-
-
-# Stopping
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_study_stops_what_it_started_and_starts_no_more(erm, tmp_path, monkeypatch, capsys, number):
-    bystander = subprocess.Popen(["sleep", "60"])
-    before = signal.getsignal(number)
-    processes = started(monkeypatch, "exec sleep 60", number)
-    with pytest.raises(KeyboardInterrupt):
-        train_all(over_seeds(tmp_path, "run", erm, range(3)), jobs=3)
-    assert [process.returncode for process in processes] == [-signal.SIGTERM] * 2
-    assert bystander.poll() is None
-    bystander.kill()
-    assert "stopping what runs (2)" in capsys.readouterr().out
-    assert signal.getsignal(number) == before
-
-
-def test_an_ignored_signal_stays_ignored(erm, tmp_path, monkeypatch):
-    """As under nohup."""
-    processes = started(monkeypatch, "true", signal.SIGHUP)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        train_all(over_seeds(tmp_path, "run", erm, range(2)), jobs=2)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert [process.returncode for process in processes] == [0, 0]
-
-
-def test_a_run_that_does_not_end_is_killed(erm, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "GRACE", 0.5)
-    processes = started(monkeypatch, "exec sleep 60", signal.SIGINT)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the processes started here inherit
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train_all(over_seeds(tmp_path, "run", erm, range(2)), jobs=2)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
-
-
-MAIN = """
-import sys
-from pathlib import Path
-from dist_fair.cli import guarded
-from dist_fair.studies.runs import over_seeds, train_all
-runs = over_seeds(Path(sys.argv[1]), "run", sys.argv[2:], range(3))
-sys.exit(guarded(lambda _: train_all(runs, ranks=2), []))
-"""
-
-
-def descendants(process: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(child) for child in task.read_text().split()]
-    return found + [pid for child in found for pid in descendants(child)]
-
-
-def running(word: str) -> list[int]:
-    """Processes with a word on their command line; one that has ended has no command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            found += [int(process.name)] * (word.encode() in (process / "cmdline").read_bytes())
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
-def test_the_ranks_of_a_stopped_study_end_with_it(erm, tmp_path):
-    """The signal goes to the study alone; in sessions of their own are the launcher and each of its ranks."""
-    command = [sys.executable, "-c", MAIN, tmp_path, *erm, "train.steps=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while len(descendants(process.pid)) < 3:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=90)
-    left = running(str(tmp_path))
-    for child in left:
-        os.kill(child, signal.SIGKILL)
-    assert left == []
-    assert process.returncode == 130
-    assert "stopping what runs (1)" in printed
-    assert not (tmp_path / "run-1.log").exists()
