@@ -120,9 +120,9 @@ def difference(one: Path, other: Path, steps: range | None = None) -> float:
 
 
 def norm_difference(one: Path, other: Path, steps: range | None = None) -> float:
-    """Largest relative difference of the gradient norms of two runs."""
+    """Largest difference of the gradient norms of two runs, relative to those of the first."""
     left, right = losses(one, "gradient_norm", steps), losses(other, "gradient_norm", steps)
-    return float(np.abs(left - right).max() / left.max())
+    return float((np.abs(left - right) / left).max())
 
 
 def predictions(run: Path, name: str) -> dict:
