@@ -16,9 +16,11 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import assemble, evaluation_indexes, prepare_demo, vocabulary
 from dist_fair.engine.evaluation import evaluate_all
 from dist_fair.engine.launch import accelerator
+from dist_fair.engine.reconstructions import reconstructions
 from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import on_all_ranks
 from dist_fair.recipe.resolved import Resolved
+from dist_fair.reporting import gallery
 from dist_fair.reporting.progress import Progress, say
 from dist_fair.reporting.side_by_side import write_up
 from dist_fair.reporting.tables import evaluation_table
@@ -72,15 +74,20 @@ class Session:
                                    observe=progress.step)  # fmt: skip
         if self.leader and reports:
             say(evaluation_table(reports))
-            self._write_up(reports)
+            self._write_up(tests)
         return reports
 
-    def _write_up(self, reports: Mapping[str, dict]) -> None:
+    def _write_up(self, tests: Mapping[str, Index]) -> None:
         """Tables and figures. The numbers are on disk by now: a failure here must not end the run."""
         where = f"evaluation.json and predictions/ lie in {self.folder.path.resolve()}"
-        drawn = [*reports] if self.recipe.evaluation.figures else []
+        drawn = [*tests] if self.recipe.evaluation.figures else []
         try:
             write_up(self.folder.path, drawn)
+            for name in drawn:
+                faces = reconstructions(self.module, self._reader(tests[name]), self.recipe.data.mean,
+                                        self.recipe.data.std)  # fmt: skip
+                if faces is not None:
+                    gallery.draw(*faces, name, self.folder.figures)
             say(f"evaluation.md, {'figures/, ' if drawn else ''}{where}")
         except Exception as error:
             say(f"warning: no tables and figures ({type(error).__name__}: {error}); {where}")

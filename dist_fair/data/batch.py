@@ -56,10 +56,7 @@ class Batch:
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> "Batch":
         """Images as float (B, 3, H, W), scaled to [0, 1], then (x - mean) / std per channel."""
-        images = self.images.permute(0, 3, 1, 2).float().div_(255)
-        shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-        scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-        return replace(self, images=(images - shift) / scale)
+        return replace(self, images=normalised(self.images, mean, std))
 
     def rows(self, chosen: slice | torch.Tensor | np.ndarray, sizes: tuple[int, ...]) -> "Batch":
         """Some of the rows, with the sizes that the new global batch has on each rank."""
@@ -74,3 +71,11 @@ class Batch:
             keys=self.keys[chosen],
             sizes=sizes,
         )
+
+
+def normalised(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W), scaled to [0, 1], then (x - mean) / std per channel."""
+    images = images.permute(0, 3, 1, 2).float().div_(255)
+    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    return (images - shift) / scale

@@ -6,12 +6,14 @@ removed: every parameter of a detector takes part in its loss, as DDP requires. 
 DeepfakeBench's replaces it and throws away the pretrained one.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.detectors.weights import SUFFIXES, load_weights
@@ -34,7 +36,7 @@ class TimmDetector(Detector):
         width = adjust_channels or channels
         super().__init__(width, width)
         self.backbone = backbone
-        self.adjust = adjustment(channels, width) if adjust_channels else nn.Identity()
+        self.adjust = adjustment(backbone, channels, width) if adjust_channels else nn.Identity()
         self.classifier = nn.Linear(width, 2)
         self.pixel_mean = tuple(backbone.pretrained_cfg.get("mean", (0.5, 0.5, 0.5)))
         self.pixel_std = tuple(backbone.pretrained_cfg.get("std", (0.5, 0.5, 0.5)))
@@ -55,9 +57,15 @@ class TimmDetector(Detector):
         self.classifier = nn.Linear(features, 2, device=weight.device, dtype=weight.dtype)
 
 
-def adjustment(channels: int, width: int) -> nn.Sequential:
-    """1x1 convolution + batch norm + ReLU, (B, channels, h, w) -> (B, width, h, w)."""
-    return nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU())
+def adjustment(backbone: nn.Module, channels: int, width: int) -> nn.Sequential:
+    """1x1 convolution + norm + ReLU, (B, channels, h, w) -> (B, width, h, w).
+
+    Batch norm as in the papers; group norm after a backbone without batch norm, so that it still has no statistics of
+    the batch.
+    """
+    batched = any(isinstance(layer, _BatchNorm) for layer in backbone.modules())
+    norm = nn.BatchNorm2d(width) if batched else nn.GroupNorm(math.gcd(32, width), width)
+    return nn.Sequential(nn.Conv2d(channels, width, 1), norm, nn.ReLU())
 
 
 def build_timm(

@@ -181,7 +181,7 @@ def load_detector(module: TrainingModule, settings: DetectorSettings) -> None:
     tensors = checkpoint.open_part(source)
     found = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
     found, own = found or tensors, module.detector.state_dict()
-    for name in ("classifier.weight", "classifier.bias"):
-        if name in found and name in own and found["classifier.weight"].shape != own["classifier.weight"].shape:
-            found = found | {name: own[name]}
+    head = [name for name in own if name.startswith("classifier.")]
+    if any(name in found and found[name].shape != own[name].shape for name in head):
+        found = found | {name: own[name] for name in head}
     checkpoint.load_model(module.detector, found, source)
