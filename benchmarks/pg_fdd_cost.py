@@ -173,8 +173,8 @@ def main(arguments: list[str]) -> int:
     gpu = torch.cuda.get_device_name() if "cuda" in devices else "no GPU"
     machine = f"{platform.machine()}, {os.cpu_count()} cores of which one works, {gpu}, torch {torch.__version__}"
     command = shlex.join(["python", "benchmarks/pg_fdd_cost.py", *arguments])
-    text = (f"# What PG-FDD costs beside its networks\n\n`{command}` ({machine}, Python {platform.python_version()})\n\n"
-            f"{report(devices, options.rounds)}")  # fmt: skip
+    head = f"# What PG-FDD costs beside its networks\n\n`{command}` ({machine}, Python {platform.python_version()})"
+    text = f"{head}\n\n{report(devices, options.rounds)}"
     write_text(RESULTS, text)
     print(text)
     return 0

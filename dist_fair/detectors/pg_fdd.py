@@ -148,7 +148,7 @@ class PGFDD(Detector):
         """
         if self.decoder is None:
             raise DistFairError("detector.name=pg_fdd: trained without a decoder: reconstructions need an intervention "
-                                "that reads them, +interventions.reconstruction={}")  # fmt: skip
+                                "that reads them, +interventions.reconstruction_loss={}")  # fmt: skip
         images = images.to(self.classifier[0].weight.dtype)
         encoded = {name: encoder(images) for name, encoder in self.encoders.items()}
         _refuse_single_position(encoded["forgery"], images)
