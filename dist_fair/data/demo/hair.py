@@ -42,7 +42,6 @@ def grow(person: Person, outline: np.ndarray) -> Hair:
 
 def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
     """Where hair lies in front of and behind the head."""
-    width, top, empty = person.width, person.hairline, np.zeros((SIDE, SIDE), np.float32)
     volume = {
         "crop": 0.03,
         "short": 0.07 + 0.5 * person.volume,
@@ -50,16 +49,32 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
         "bald": 0.012,
         "round": 0.16 + person.volume,
     }.get(person.haircut, 0.03 + person.volume)
-    side = {"crop": 0.05, "short": 0.10, "bald": 0.12}.get(person.haircut, 0.16)
+    cap, opening = _cap(person, outline, volume), _opening(person)
+    if person.haircut in ("long", "bob"):
+        back, beside = _falling(person, cap, volume, random)
+        return np.maximum(cap * (1 - opening), back * beside), back
+    if person.haircut == "tied" and person.part > 0:
+        return cap * (1 - opening), np.maximum(canvas.shape(canvas.ellipse(0, -1.02, 0.27, 0.24)), cap)
+    return cap * (1 - opening), cap
+
+
+def _cap(person: Person, outline: np.ndarray, volume: float) -> np.ndarray:
+    """All that hair covers above the ears, the face as yet too."""
+    if person.haircut == "round":
+        return canvas.shape(canvas.ellipse(0, -0.38, person.width + volume * 1.05, 0.62 + volume, 40))
+    width = person.width
     above = outline[outline[:, 1] < 0.0]  # from the top down on the right, then up on the left
     crown = np.concatenate([above[len(above) // 2 :], above[: len(above) // 2]])
     scale = (width + volume * (0.55 if person.haircut == "short" else 1.0)) / width
     crown = crown * [scale, (0.95 + volume) / 0.95]
     bottom = {"crop": 0.02, "bald": 0.10, "short": 0.06, "tied": 0.1}.get(person.haircut, 0.25)
-    cap = canvas.shape(np.concatenate([crown, [[width * scale, bottom], [-width * scale, bottom]]]))
-    if person.haircut == "round":
-        cap = canvas.shape(canvas.ellipse(0, -0.38, width + volume * 1.05, 0.62 + volume, 40))
-    # The forehead's edge: temples lower than the middle, shifted by the parting, pulled down by a fringe.
+    return canvas.shape(np.concatenate([crown, [[width * scale, bottom], [-width * scale, bottom]]]))
+
+
+def _opening(person: Person) -> np.ndarray:
+    """The face. The forehead's edge: temples lower than the middle, shifted by the parting, pulled down by a fringe."""
+    width, top = person.width, person.hairline
+    side = {"crop": 0.05, "short": 0.10, "bald": 0.12}.get(person.haircut, 0.16)
     fringe = 0.20 * max(0.0, person.fringe - 0.55) / 0.45 if person.haircut in ("bob", "long", "short") else 0.0
     dip = 0.10 + 0.10 * (person.gender == "male") * person.age
     inside, part = width - side * 0.35, min(max(person.part, -0.22), 0.22)
@@ -72,14 +87,12 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
     opening = canvas.shape(canvas.smooth(edge), np.array([(-inside, 0.2), (inside, 0.2), (width, 1.4), (-width, 1.4)]))
     if person.haircut == "bald":
         opening = np.maximum(opening, canvas.shape(canvas.ellipse(0, -0.62, width * 0.93, 0.75)))
-    if person.haircut not in ("long", "bob"):
-        back = (
-            canvas.shape(canvas.ellipse(0, -1.02, 0.27, 0.24))
-            if person.haircut == "tied" and person.part > 0
-            else empty
-        )
-        return cap * (1 - opening), np.maximum(back, cap)
-    # Long hair falls beside the cheeks and behind the shoulders.
+    return opening
+
+
+def _falling(person: Person, cap: np.ndarray, volume: float, random) -> tuple[np.ndarray, np.ndarray]:
+    """Long hair, behind the shoulders, and the part of it that falls beside the cheeks."""
+    width = person.width
     length = 0.75 + 0.25 * random.random() if person.haircut == "bob" else 1.5
     spread = width + volume + 0.06 + 0.1 * person.curl
     falls = [
@@ -92,18 +105,11 @@ def _masks(person: Person, outline: np.ndarray, random) -> tuple[np.ndarray, np.
     locks = width - 0.02 + 0.09 * random.random(2)
     reach = min(length, 0.55 + 0.8 * random.random())
     beside = [
-        np.array(
-            [
-                (sign * inner, -0.4),
-                (sign * (inner - 0.05), 0.1),
-                (sign * inner, reach),
-                (sign * 1.3, reach),
-                (sign * 1.3, -0.4),
-            ]
-        )
+        np.array([(sign * inner, -0.4), (sign * (inner - 0.05), 0.1), (sign * inner, reach), (sign * 1.3, reach),
+                  (sign * 1.3, -0.4)])
         for sign, inner in zip((-1, 1), locks, strict=True)
-    ]
-    return np.maximum(cap * (1 - opening), back * canvas.shape(*beside, blur=0.01)), back
+    ]  # fmt: skip
+    return back, canvas.shape(*beside, blur=0.01)
 
 
 def _texture(person: Person, random) -> np.ndarray:
