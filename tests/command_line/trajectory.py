@@ -18,7 +18,7 @@ from tests.command_line.several import Start, together
 
 STEPS = 32  # of QUICK
 EXACT_STEPS = 12  # three pruning iterations of SFD stay apart
-EXACT = ("train.precision=fp64", "detector.arguments.smooth=false", f"train.steps={EXACT_STEPS}", "train.accumulate=2")
+EXACT = ("train.precision=fp64", f"train.steps={EXACT_STEPS}", "train.accumulate=2")
 STOPS = {2: 11, 4: 10, 1: "null"}  # number of ranks: train.stop_after of the part of a run that they do
 # A bug is in from step 10 on, when the recipe's parts are at work, for 8 steps, or to the end where scores tell of it;
 # or, where it is one of evaluation, after the last step. What tells of it: where it goes on, train.stop_after.
@@ -29,11 +29,13 @@ BUG = {"losses": (10, 8), "gradient norms": (10, 8), "scores": (10, "null"), "re
 class Trajectory:
     """The tests of a recipe.
 
-    recipe: its arguments, small enough for four ranks on two cores. exact: further arguments by name, each tried in
-    fp64 with a network with kinks and two micro-batches a step. bugs: of `planted`, and what tells of each (`BUG`).
+    recipe: its arguments, small enough for four ranks on two cores. kinks: what gives the detector its kinks back.
+    exact: further arguments by name, each tried in fp64, with kinks and two micro-batches a step. bugs: of `planted`,
+    and what tells of each (`BUG`).
     """
 
     recipe: Sequence[str]
+    kinks: Sequence[str] = ("detector.arguments.smooth=false",)
     exact: Mapping[str, Sequence[str]] = {"plain": ()}
     bugs: Mapping[str, str]
 
@@ -48,7 +50,7 @@ class Trajectory:
             if world == 2:
                 starts += [self._with_bug(folder, whole, bug) for bug in self.bugs]
             else:
-                starts += [Start(folder / f"{name}-{world}", [*whole, *EXACT, *extra])
+                starts += [Start(folder / f"{name}-{world}", [*whole, *EXACT, *self.kinks, *extra])
                            for name, extra in self.exact.items()]  # fmt: skip
             together(world, starts)
         return folder
