@@ -11,11 +11,11 @@ Whose loss L is. Under DDP most implementations take the first gradient without 
 own loss, and the method depends on how many rows a rank happens to hold. Here `scope` says it, in samples:
 
     global    L is the loss of the step. Both gradients are averaged over ranks, so e is the same on each of them. Wire:
-              twice that of a plain step; under sharding one number more, for the norm.
+              twice that of a plain step; under sharding one number more, for the norm. Memory: a copy of the weights.
     m         Each m rows are a step of their own (m-sharpness, their section 4.1), to every objective and without any
               collective: grad = 1/K sum_k grad L_k(w + e_k), K groups over all micro-batches and ranks. A group is m
               neighbours in canonical order, so they are the same on every number of ranks W for which m W divides the
-              micro-batch. Wire: one all-reduce of gradients. Memory: two more copies of them.
+              micro-batch. Wire: one all-reduce of gradients. Memory: two copies of those besides.
 """
 
 from collections.abc import Callable, Iterator, Sequence
