@@ -1,10 +1,12 @@
 """Recipes against each other on the demo faces, over several seeds: `python benchmarks/demo_results.py`.
 
 Runs what is not yet there into OUT/RECIPE-SEED (a finished run is kept), then prints the table and writes it to
-benchmarks/results/demo.md. Numbers do not depend on --ranks, only time does.
+benchmarks/results/NAME.md. Numbers do not depend on --ranks, only time does. A recipe may have overrides and a name of
+its own in the table: --recipes erm "PG-FDD without SAM: pg_fdd optimizer.sam.rho=null".
 """
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,8 @@ HERE = Path(__file__).parent
 def main(arguments: list[str]) -> int:
     """Exit code 0; a DistFairError, also of runs that failed, is left to the caller."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["erm", "gda", "sfd_gda"])
+    parser.add_argument("--recipes", nargs="+", default=["erm", "gda", "sfd_gda"], metavar="RECIPE|NAME: RECIPE ...")
+    parser.add_argument("--name", default="demo", help="of the file in benchmarks/results")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/demo_results"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -33,22 +36,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], help="further key=value for every run")
     options = parser.parse_intermixed_args(arguments)
     quiet = ["evaluation.bootstrap=0", "wandb.mode=disabled", *options.overrides]
-    runs = {recipe: over_seeds(options.out, recipe, [f"recipe={recipe}", *quiet], options.seeds)
-            for recipe in options.recipes}  # fmt: skip
+    runs = {}
+    for entry in options.recipes:
+        name, _, words = entry.rpartition(": ")
+        recipe, *own = words.split()
+        slug = re.sub(r"\W+", "_", (name or recipe).lower())
+        runs[name or recipe] = over_seeds(options.out, slug, [f"recipe={recipe}", *quiet, *own], options.seeds)
     train_all([run for same_seed in zip(*runs.values(), strict=True) for run in same_seed], options.jobs, options.ranks)
-    found = {recipe: [results(run) for run in same] for recipe, same in runs.items()}
-    text = report(found, options.seeds, options.attributes, options.overrides)
-    write_text(HERE / "results" / "demo.md", text)
+    found = {name: [results(run) for run in same] for name, same in runs.items()}
+    command = shlex.join(["python", "benchmarks/demo_results.py", *arguments])
+    text = report(found, command, options.seeds, options.attributes)
+    write_text(HERE / "results" / f"{options.name}.md", text)
     print(text)
     return 0
 
 
-def report(
-    found: Mapping[str, Sequence[Results]], seeds: list[int], attributes: list[str], overrides: list[str]
-) -> str:
+def report(found: Mapping[str, Sequence[Results]], command: str, seeds: list[int], attributes: list[str]) -> str:
     """The tables of all attribute sets, with what was run."""
-    command = shlex.join(["python", "benchmarks/demo_results.py", *overrides, "--recipes", *found,
-                          "--seeds", *map(str, seeds)])  # fmt: skip
     parts = [f"# Demo faces, seeds {', '.join(map(str, seeds))}\n\n`{command}` (torch {torch.__version__}, CPU)\n"]
     parts += [f"## Fairness over {name}\n\n{comparison_table(found, name)}" for name in attributes]
     return "\n".join(parts)

@@ -8,10 +8,12 @@ from dist_fair.data.batch import Batch
 from dist_fair.data.loading import Scoring, training_loader
 from dist_fair.data.window import canonical_order
 from dist_fair.engine import checkpoint
+from dist_fair.engine.accumulation import accumulation_note
 from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
 from dist_fair.engine.run_folder import MetricsLog, RunFolder, few
+from dist_fair.engine.sharpness import refuse_inexact_sam
 from dist_fair.errors import DistFairError, on_all_ranks
 from dist_fair.recipe.resolved import Resolved, differences, flatten
 from dist_fair.recipes import interventions
@@ -31,6 +33,7 @@ class Training(Session):
         self.reader = self._reader(self.parts.index)
         with on_all_ranks():
             self.reader.check(self.parts.plan.samples)
+            refuse_inexact_sam(self.recipe.optimizer.sam, self.module, self.parts.plan, self.comm.world)
             self.optimizer = build_optimizer(self.module, self.recipe.optimizer)
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
 
@@ -77,7 +80,8 @@ class Training(Session):
             f"attributes    {groups}",
             f"plan          {parts.plan.describe()}",
             f"steps         {parts.steps}, each {self.recipe.train.batch_size} samples on {self.comm.world} rank(s)",
-            f"detector      {self.recipe.detector.name}, {parameters:,} parameters with the interventions'",
+            f"detector      {self.recipe.detector.name}, {parameters:,} parameters with the interventions', of which "
+            f"{self.module.detector.scoring_parameters():,} make the score",
             f"interventions {', '.join(self.recipe.interventions)}",
             *(f"evaluation    {name}: {len(test)} samples" for name, test in self.planned_tests.items()),
             "all checks passed; nothing was trained (--dry-run)",
@@ -85,15 +89,17 @@ class Training(Session):
 
     def _notes(self) -> list[str]:
         """What a person should know when training starts, such as "warning: ..."; a dry run does not say it."""
-        return []
+        note = accumulation_note(self.recipe, self.module)
+        return [f"warning: {note}"] if note else []
 
     def _trainer(self) -> Trainer:
         recipe, steps = self.recipe, self.parts.steps
         begun = self.start.step if self.start else 0
         stop = min(steps, begun + recipe.train.stop_after) if recipe.train.stop_after else steps
         saved = recipe.checkpoint
-        train = recipe.train
-        order = canonical_order(self.parts.plan, train.accumulate, self.comm.world) if train.accumulate_exact else None
+        train, order = recipe.train, None
+        if train.accumulate_exact:
+            order = canonical_order(self.parts.plan, train.accumulate, self.comm.world).to(self.device)
         rhythm = Rhythm(steps, stop, train.accumulate, train.clip, saved.every, saved.keep, order)
         trainer = Trainer(
             self.module,
@@ -102,6 +108,7 @@ class Training(Session):
             self.accelerator,
             self.comm,
             rhythm,
+            sam=recipe.optimizer.sam,
             seed=recipe.seed,
             recipe=self.resolved.trajectory(),
             folder=self.folder.checkpoints,

@@ -51,7 +51,7 @@ class Trainer:
     """A module in training.
 
     module: the bare TrainingModule. recipe: what a checkpoint must agree with to be resumed. describe: sample row ->
-    text, for messages. sam: where the gradients are taken; None: at the weights.
+    text, for messages. sam: where the gradients are taken.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Trainer:
         comm: Communicator,
         rhythm: Rhythm,
         *,
+        sam: Sam,
         seed: int,
         recipe: Mapping,
         folder: Path,
         describe: Callable[[int], str],
-        sam: Sam | None = None,
     ):
         self.module, self.optimizer, self.schedule = module, optimizer, schedule
         self.accelerator, self.comm, self.rhythm = accelerator, comm, rhythm
-        self.sam = sam or Sam()
+        self.sam = sam
         self.seed, self.recipe, self.folder, self.describe = seed, recipe, folder, describe
         self.step = 0
         self.wrapped = module

@@ -1,5 +1,6 @@
 """Classic bugs: each function gives a patch, with which the program has that bug."""
 
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 
 from dist_fair import collectives
 from dist_fair.data import loading, plan
-from dist_fair.detectors import norm
+from dist_fair.detectors import conditional_decoder, norm, pg_fdd
+from dist_fair.engine import loop, sharpness
 from dist_fair.interventions.inverse_propensity import InversePropensity
 from dist_fair.interventions.subgroup_norm import SubgroupNorm
 
@@ -138,3 +140,61 @@ def double_moments_update():
         real(self, *moments)
 
     return mock.patch.object(SubgroupNorm, "_track", twice)
+
+
+def gathered_without_factor():
+    """Gathered losses and features, gradient 1/W."""
+
+    def backward(ctx, gradient):
+        return gradient[ctx.start : ctx.stop], None, None, None
+
+    return mock.patch.object(collectives._ReplicatedGather, "backward", staticmethod(backward))
+
+
+def local_rows():
+    """What is gathered are the rank's own rows: the worst part, and the triplets, of each rank alone."""
+    return mock.patch.object(collectives.Communicator, "replicated_gather", lambda self, rows, name, sizes=None: rows)
+
+
+def dropout_by_rank():
+    """Dropout drawn anew on each rank, as torch's generators do it."""
+
+    def by_rank(x, rate, keys):
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return real(x, rate, keys + rank)
+
+    real, patches = pg_fdd.dropout, ExitStack()
+    for module in (pg_fdd, conditional_decoder):
+        patches.enter_context(mock.patch.object(module, "dropout", by_rank))
+    return patches
+
+
+def local_ascent():
+    """SAM's first gradient is not synchronised: each rank climbs its own loss (composer, GSAM under DDP)."""
+    real, passes = loop.Trainer._backward, []
+
+    def alternating(self, batches):
+        passes.append(len(passes) % 2)
+        with nullcontext() if passes[-1] else self.wrapped.no_sync():
+            return real(self, batches)
+
+    return mock.patch.object(loop.Trainer, "_backward", alternating)
+
+
+def two_dropouts_a_step():
+    """Other dropout in SAM's second pass than in its first."""
+
+    @contextmanager
+    def redrawn(module):
+        with held(module), ExitStack() as stack:
+            for place in (pg_fdd, conditional_decoder):
+                stack.enter_context(mock.patch.object(place, "dropout", lambda x, rate, keys: real(x, rate, keys + 1)))
+            yield
+
+    real, held = pg_fdd.dropout, sharpness.statistics_held
+    return mock.patch.object(sharpness, "statistics_held", redrawn)
+
+
+def statistics_twice():
+    """Running statistics are updated by both of SAM's passes."""
+    return mock.patch.object(sharpness, "statistics_held", return_value=nullcontext())

@@ -44,6 +44,7 @@ def draw(folder: Path, count: int, seed: int, per_shard: int = 40) -> None:
         data = cv2.imencode(".png", image.clip(0, 255).astype(np.uint8))[1].tobytes()
         attributes = {"gender": GENDERS[group // 3], "race": RACES[group % 3]}
         metadata = {"label": label, "video": f"v{number // 4}_{label}", "attributes": attributes}
+        metadata |= {"manipulation": ("blend", "swap")[number % 2]} if label else {}
         samples.append(Sample(f"{seed}_{number:04d}", data, "png", metadata))
     write_shards(samples, folder, per_shard)
     assert shards.main(["index", str(folder), "--workers", "1"]) == 0

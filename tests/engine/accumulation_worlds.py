@@ -21,6 +21,7 @@ from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.engine.loop import Rhythm, Trainer
 from dist_fair.engine.module import TrainingModule
 from dist_fair.interventions.base import Facts, Gather, Intervention, Weighted, registered
+from dist_fair.recipe.schema import Sam
 from tests.data.making import bare_index
 
 BATCH, LANES, STEPS = 32, 4, 8
@@ -168,7 +169,7 @@ def trainer(case, comm, accumulate, exact=True, precision="fp64"):
         no_sync=lambda wrapped: wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext(),
         backward=lambda loss: loss.backward(),
     )
-    made = Trainer(bare, torch.optim.SGD(bare.parameters(), 0.2), None, accelerator, comm, rhythm,
+    made = Trainer(bare, torch.optim.SGD(bare.parameters(), 0.2), None, accelerator, comm, rhythm, sam=Sam(),
                    seed=5, recipe={}, folder=None, describe=str)  # fmt: skip
     if torch.distributed.is_initialized():
         made.wrapped = DistributedDataParallel(bare, gradient_as_bucket_view=True)
