@@ -20,7 +20,7 @@ class TestPgFdd(Trajectory):
               "optimizer.lr=1e-4")  # fmt: skip
     exact: ClassVar = {
         "plain": (),
-        "released": ("detector.arguments.pooling=average", "detector.arguments.heads.dropout_on=logits",
+        "released": ("detector.arguments.pooling=average", "+detector.arguments.heads.dropout_on=logits",
                      f"{RISK}.outer=guarded", "interventions.contrastive_loss.self_pairs=true"),
     }  # fmt: skip
     bugs = dict.fromkeys(("local_rows", "dropout_by_rank", "local_ascent", "local_norm", "order_by_rank"), "losses") | {
