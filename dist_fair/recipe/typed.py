@@ -20,6 +20,7 @@ class Schema:
 
     def __init__(self, interventions: Mapping[str, type]):
         self._interventions = dict(interventions)
+        self._recipe = OmegaConf.structured(Recipe)  # takes 30 ms; merging copies it
         self.keys = dict(_keys(Recipe, ""))
         for name, kind in interventions.items():
             self.keys.update(_keys(kind, f"interventions.{name}."))
@@ -27,7 +28,7 @@ class Schema:
     def typed(self, content: Mapping[str, Any]) -> DictConfig:
         """Defaults overlaid with `content`, typed throughout. Interventions that are null are left out."""
         rest = {name: value for name, value in content.items() if name != "interventions"}
-        config = OmegaConf.merge(OmegaConf.structured(Recipe), rest)
+        config = OmegaConf.merge(self._recipe, rest)
         chosen = content.get("interventions", {})
         if not isinstance(chosen, Mapping):
             raise DistFairError(f"interventions={inline(chosen)}: expected NAME: settings, a mapping")

@@ -6,6 +6,7 @@ import yaml
 from dist_fair import recipes
 from dist_fair.recipe import cards
 from dist_fair.recipe.composition import load
+from dist_fair.recipe.resolved import differences
 from dist_fair.recipe.schema import Recipe, walk
 
 KEYS = """
@@ -139,3 +140,33 @@ def test_keys_help_names_every_key():
     assert all(f"\n{key}=" in text for key in KEYS[1:])
     assert "\ninterventions.distribution_alignment.epsilon=" in text
     assert "(synced | local | frozen)" in text
+
+
+@pytest.mark.parametrize("name", ["pg_fdd", "pg_fdd_xception", "pg_fdd_resnet50", "pg_fdd_efficientnet_b3"])
+def test_constants_of_pg_fdd(name):
+    resolved = load([f"recipe={name}"], recipes.interventions())
+    recipe, interventions = resolved.recipe, resolved.values["interventions"]
+    weights = {part: settings["weight"] for part, settings in interventions.items()}
+    assert weights == {"shared_forgery": 1.0, "specific_forgery": 0.1, "reconstruction_loss": 0.3,
+                       "contrastive_loss": 0.05, "margin_loss": 0.1, "conditional_value_at_risk": 1.0}  # fmt: skip
+    risk, margins = interventions["conditional_value_at_risk"], interventions["margin_loss"]
+    assert (risk["inner_alpha"], risk["alpha"], risk["outer"], risk["delay"]) == (0.9, 0.5, "smoothed", 0.0)
+    assert (margins["scale"], margins["max_margin"]) == (30.0, 0.5)
+    assert interventions["contrastive_loss"]["margin"] == 3.0
+    assert (recipe.optimizer.sam.rho, recipe.optimizer.sam.adaptive) == (0.05, False)
+    assert {tape.label for tape in recipe.data.tapes.values()} == {0, 1}
+    assert recipe.data.mean == recipe.data.std == [0.5] * 3  # what the decoder can reach
+    if name != "pg_fdd":
+        optimizer, schedule = recipe.optimizer, recipe.schedule
+        assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 5e-4, 0.9, 5e-3)
+        assert (schedule.name, schedule.every, schedule.factor) == ("step", 0.6, 0.9)
+        assert (recipe.train.epochs, recipe.train.batch_size, recipe.data.image_size) == (100, 32, 256)
+
+
+def test_the_release_of_pg_fdd_differs_by_what_its_code_does():
+    release, paper = (load([f"recipe={name}"], recipes.interventions()) for name in ("pg_fdd_release",
+                                                                                     "pg_fdd_xception"))  # fmt: skip
+    changed = differences(paper.trajectory(), release.trajectory())
+    keys = ("detector.arguments.pooling", "detector.arguments.heads", "self_pairs", "outer")
+    assert len(changed) == len(keys)
+    assert all(any(key in line for line in changed) for key in keys)
