@@ -1,6 +1,6 @@
 """Classic bugs: each function gives a patch, with which the program has that bug."""
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from unittest import mock
 
 import numpy as np
@@ -179,20 +179,6 @@ def local_ascent():
             return real(self, batches)
 
     return mock.patch.object(loop.Trainer, "_backward", alternating)
-
-
-def two_dropouts_a_step():
-    """Other dropout in SAM's second pass than in its first."""
-
-    @contextmanager
-    def redrawn(module):
-        with held(module), ExitStack() as stack:
-            for place in (pg_fdd, conditional_decoder):
-                stack.enter_context(mock.patch.object(place, "dropout", lambda x, rate, keys: real(x, rate, keys + 1)))
-            yield
-
-    real, held = pg_fdd.dropout, sharpness.statistics_held
-    return mock.patch.object(sharpness, "statistics_held", redrawn)
 
 
 def statistics_twice():
