@@ -4,15 +4,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from dist_fair.data.batch import Batch
 from dist_fair.data.loading import Scoring, training_loader
 from dist_fair.data.window import canonical_order
 from dist_fair.engine import checkpoint
 from dist_fair.engine.accumulation import accumulation_note
 from dist_fair.engine.assembly import vocabulary
+from dist_fair.engine.backends import make_backend
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
 from dist_fair.engine.run_folder import MetricsLog, RunFolder, few
+from dist_fair.engine.saving import Saver
 from dist_fair.engine.sharpness import refuse_inexact_sam
 from dist_fair.errors import DistFairError, on_all_ranks
 from dist_fair.recipe.resolved import Resolved, differences, flatten
@@ -34,7 +39,7 @@ class Training(Session):
         with on_all_ranks():
             self.reader.check(self.parts.plan.samples)
             refuse_inexact_sam(self.recipe.optimizer.sam, self.module, self.parts.plan, self.comm.world)
-            self.optimizer = build_optimizer(self.module, self.recipe.optimizer)
+            self.backend = make_backend(self.recipe.train, self.module, self._optimizer, self.accelerator)
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
 
     def run(self) -> None:
@@ -42,7 +47,9 @@ class Training(Session):
         wandb = self._wandb()
         try:
             if self.train(wandb) and self.planned_tests:
-                wandb.summary(flatten(self.evaluate(self.planned_tests, checkpoint.name_of(self.parts.steps))))
+                with self.backend.whole() as self.module:
+                    reports = self.evaluate(self.planned_tests, checkpoint.name_of(self.parts.steps))
+                wandb.summary(flatten(reports))
         except BaseException:
             wandb.finish(failed=True)
             raise
@@ -82,6 +89,7 @@ class Training(Session):
             f"steps         {parts.steps}, each {self.recipe.train.batch_size} samples on {self.comm.world} rank(s)",
             f"detector      {self.recipe.detector.name}, {parameters:,} parameters with the interventions', of which "
             f"{self.module.detector.scoring_parameters():,} make the score",
+            f"backend       {self.backend.describe()}",
             f"interventions {', '.join(self.recipe.interventions)}",
             *(f"evaluation    {name}: {len(test)} samples" for name, test in self.planned_tests.items()),
             "all checks passed; nothing was trained (--dry-run)",
@@ -100,24 +108,24 @@ class Training(Session):
         train, order = recipe.train, None
         if train.accumulate_exact:
             order = canonical_order(self.parts.plan, train.accumulate, self.comm.world).to(self.device)
-        rhythm = Rhythm(steps, stop, train.accumulate, train.clip, saved.every, saved.keep, order)
+        rhythm = Rhythm(steps, stop, train.accumulate, train.clip, saved.every, order)
         trainer = Trainer(
-            self.module,
-            self.optimizer,
-            build_schedule(self.optimizer, recipe.schedule, steps),
-            self.accelerator,
+            self.backend,
+            build_schedule(self.backend.optimizer, recipe.schedule, steps),
             self.comm,
             rhythm,
             sam=recipe.optimizer.sam,
             seed=recipe.seed,
-            recipe=self.resolved.trajectory(),
-            folder=self.folder.checkpoints,
+            saver=Saver(self.folder.checkpoints, self.resolved.trajectory(), self.comm, saved.keep),
             describe=self.parts.index.place,
         )
         if self.start:
             with on_all_ranks():
                 trainer.resume(self.start)
         return trainer
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(module, self.recipe.optimizer)
 
     def _batches(self, first: int, last: int) -> Iterator[Batch]:
         data = self.recipe.data

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,14 +105,16 @@ def find(path: Path) -> Path:
     return found
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimizer's state by parameter name: {"exp_avg/detector.conv1.weight": ...}."""
+def optimizer_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, owned: Callable[[str], bool] = lambda name: True
+) -> Tensors:
+    """The optimizer's state by parameter name, of the parameters `owned`: {"exp_avg/detector.conv1.weight": ...}."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
         f"{key}/{names[id(parameter)]}": torch.as_tensor(value).detach().cpu().clone()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-        if value is not None
+        if value is not None and owned(names[id(parameter)])
     }
 
 

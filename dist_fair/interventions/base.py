@@ -189,11 +189,13 @@ class Intervention(nn.Module):
         """
         return {}
 
-    def restructure(
-        self, step: int, detector: Detector, data: ScoringData, comm: Communicator
-    ) -> dict[str, object] | None:
-        """Called before every step; may change the detector's structure. Returns what to record if it did."""
-        return None
+    def restructures(self, step: int) -> bool:
+        """Whether `restructure` is to be called before this step; the same answer on every rank."""
+        return False
+
+    def restructure(self, step: int, detector: Detector, data: ScoringData, comm: Communicator) -> dict[str, object]:
+        """Changes the detector's structure, by its buffers; returns what to record. All weights are at hand."""
+        raise NotImplementedError
 
 
 _registry: dict[str, type[Intervention]] = {}

@@ -82,12 +82,11 @@ class ChannelDecoupling(Intervention):
                 f"{facts.steps} steps; train longer or list fewer"
             )
 
-    def restructure(
-        self, step: int, detector: Detector, data: ScoringData, comm: Communicator
-    ) -> dict[str, object] | None:
-        """At an iteration, masks `detector.channel_mask` in place; what was masked, the mask's hash, the scores."""
-        if step not in self.steps:
-            return None
+    def restructures(self, step: int) -> bool:
+        return step in self.steps
+
+    def restructure(self, step: int, detector: Detector, data: ScoringData, comm: Communicator) -> dict[str, object]:
+        """An iteration: masks `detector.channel_mask` in place; what was masked, the mask's hash, the scores."""
         iteration, mask = self.steps.index(step), detector.channel_mask
         if self.settings.keep == "last":
             mask.fill_(1)

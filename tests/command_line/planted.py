@@ -175,7 +175,7 @@ def local_ascent():
 
     def alternating(self, batches):
         passes.append(len(passes) % 2)
-        with nullcontext() if passes[-1] else self.wrapped.no_sync():
+        with nullcontext() if passes[-1] else self.backend.wrapped.no_sync():
             return real(self, batches)
 
     return mock.patch.object(loop.Trainer, "_backward", alternating)

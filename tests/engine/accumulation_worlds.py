@@ -18,6 +18,7 @@ from dist_fair.data.plan import TapeSpec, TrainingPlan
 from dist_fair.data.window import canonical_order, paired
 from dist_fair.detectors import build_detector
 from dist_fair.detectors.base import Detector, Outputs
+from dist_fair.engine.backends.ddp import Ddp
 from dist_fair.engine.loop import Rhythm, Trainer
 from dist_fair.engine.module import TrainingModule
 from dist_fair.interventions.base import Facts, Gather, Intervention, Weighted, registered
@@ -164,15 +165,18 @@ def trainer(case, comm, accumulate, exact=True, precision="fp64"):
     chosen = plan(case, accumulate)
     bare = module(case, chosen, comm, precision)
     order = canonical_order(chosen, accumulate, comm.world) if exact and accumulate > 1 else None
-    rhythm = Rhythm(STEPS, STEPS, accumulate, None, None, 1, order)
+    rhythm = Rhythm(STEPS, STEPS, accumulate, None, None, order)
     accelerator = SimpleNamespace(
         no_sync=lambda wrapped: wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext(),
         backward=lambda loss: loss.backward(),
+        prepare_model=lambda plain: (
+            DistributedDataParallel(plain, gradient_as_bucket_view=True)
+            if torch.distributed.is_initialized()
+            else plain
+        ),
     )
-    made = Trainer(bare, torch.optim.SGD(bare.parameters(), 0.2), None, accelerator, comm, rhythm, sam=Sam(),
-                   seed=5, recipe={}, folder=None, describe=str)  # fmt: skip
-    if torch.distributed.is_initialized():
-        made.wrapped = DistributedDataParallel(bare, gradient_as_bucket_view=True)
+    backend = Ddp(bare, lambda plain: torch.optim.SGD(plain.parameters(), 0.2), accelerator)
+    made = Trainer(backend, None, comm, rhythm, sam=Sam(), seed=5, saver=None, describe=str)
     bare.train()
     made.rows, made.decoded = counted(bare.detector)
     return chosen, made
@@ -209,9 +213,9 @@ def trajectory(case, accumulate, **settings):
     comm, found = Communicator(), []
     chosen, made = trainer(case, comm, accumulate, **settings)
     for made.step in range(STEPS):
-        made.optimizer.zero_grad()
+        made.backend.optimizer.zero_grad()
         found.append(after(made, loaded(chosen, comm, made, case)))
-        made.optimizer.step()
+        made.backend.optimizer.step()
     return found
 
 

@@ -16,7 +16,7 @@ def local_perturbation(made):
 
     def alternating(batches):
         passes.append(len(passes) % 2)
-        with nullcontext() if passes[-1] else made.wrapped.no_sync():
+        with nullcontext() if passes[-1] else made.backend.wrapped.no_sync():
             return backward(batches)
 
     return mock.patch.object(made, "_backward", alternating)

@@ -24,9 +24,11 @@ from dist_fair.data.window import Window, canonical_order, paired
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.detectors.norm import convert_norms
 from dist_fair.engine import checkpoint, sharpness
+from dist_fair.engine.backends.ddp import Ddp
 from dist_fair.engine.loop import Rhythm, Trainer
 from dist_fair.engine.module import TrainingModule
 from dist_fair.engine.optimization import build_schedule
+from dist_fair.engine.saving import Saver
 from dist_fair.interventions.base import Facts, registered
 from dist_fair.recipe.schema import Sam, Schedule
 from tests.data.making import bare_index
@@ -121,13 +123,12 @@ def trainer(run, comm, folder, stop=None):
         os.environ.update({name: str(value) for name, value in names.items()})
     chosen = plan(run.accumulate)
     module = build(run, chosen, comm)
-    optimizer = optimizer_of(module)
     order = canonical_order(chosen, run.accumulate, comm.world) if run.exact else None
-    rhythm = Rhythm(run.steps, stop or run.steps, run.accumulate, run.clip, None, 1, order)
+    rhythm = Rhythm(run.steps, stop or run.steps, run.accumulate, run.clip, None, order)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    made = Trainer(module, optimizer, build_schedule(optimizer, Schedule(), run.steps),
-                   Accelerator(cpu=True, kwargs_handlers=[ddp]), comm, rhythm,
-                   seed=5, recipe={}, folder=Path(folder), describe=str, sam=run.sam)  # fmt: skip
+    backend = Ddp(module, optimizer_of, Accelerator(cpu=True, kwargs_handlers=[ddp]))
+    made = Trainer(backend, build_schedule(backend.optimizer, Schedule(), run.steps), comm, rhythm,
+                   seed=5, saver=Saver(Path(folder), {}, comm, 1), describe=str, sam=run.sam)  # fmt: skip
     return made, lambda first, last: inputs(run, chosen, comm, first, last)
 
 

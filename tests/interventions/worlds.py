@@ -81,8 +81,8 @@ def decouple(comm, settings, sizes, bug=None):
     scores = intervention.scores(0, detector, scoring, comm).tolist()
     records, masks = [], []
     for number in range(40):
-        if (record := intervention.restructure(number, detector, scoring, comm)) is not None:
-            records.append((number, record))
+        if intervention.restructures(number):
+            records.append((number, intervention.restructure(number, detector, scoring, comm)))
             masks.append(detector.channel_mask.tolist())
     assert detector.training
     return scores, masks, records
