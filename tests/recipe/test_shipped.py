@@ -153,7 +153,7 @@ def test_constants_of_pg_fdd(name):
     assert (risk["inner_alpha"], risk["alpha"], risk["outer"], risk["delay"]) == (0.9, 0.5, "smoothed", 0.0)
     assert (margins["scale"], margins["max_margin"]) == (30.0, 0.5)
     assert interventions["contrastive_loss"]["margin"] == 3.0
-    assert (recipe.optimizer.sam.rho, recipe.optimizer.sam.adaptive) == (0.05, False)
+    assert (recipe.optimizer.sam.rho, recipe.optimizer.sam.adaptive) == (0.01 if name == "pg_fdd" else 0.05, False)
     assert {tape.label for tape in recipe.data.tapes.values()} == {0, 1}
     assert recipe.data.mean == recipe.data.std == [0.5] * 3  # what the decoder can reach
     if name != "pg_fdd":
