@@ -94,7 +94,7 @@ class Reader:
 
     def _read_into(self, sample: int, out: np.ndarray) -> str | None:
         """Fills `out` (S, S, 3), or says what is wrong with the sample."""
-        cv2, index = opencv(), self.index
+        index = self.index
         fault = self._known_fault(sample)
         if fault is not None:
             return fault
@@ -106,23 +106,7 @@ class Reader:
                 f"{index.place(sample)}: the bytes are not those that were indexed: the shard was changed or damaged; "
                 f"restore it, or if the change is meant: {INDEX_COMMAND} {folder}"
             )
-        fault = _fault(data)
-        if fault is not None:
-            return fault
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        except cv2.error as error:
-            return f"the image cannot be decoded ({error.err})"
-        if image is None:
-            return "the image cannot be decoded"
-        height, width = image.shape[:2]
-        if height == width == self.image_size:
-            out[...] = image
-        else:
-            shrinks = min(height, width) >= self.image_size
-            way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            cv2.resize(image, (self.image_size, self.image_size), dst=out, interpolation=way)
-        return None
+        return decode_into(data, out)
 
     def _known_fault(self, sample: int) -> str | None:
         width, height = int(self.index.width[sample]), int(self.index.height[sample])
@@ -158,6 +142,32 @@ class Reader:
         for kinds in (self._kinds, self.index.labels):
             alike = np.flatnonzero(kinds == kinds[sample])
             yield alike[alike != sample]
+
+
+def decode_into(data: bytes, out: np.ndarray) -> str | None:
+    """Fills `out` (S, S, 3) uint8 with an encoded image in RGB, upright; or says what is wrong with it."""
+    cv2, fault = opencv(), _fault(data)
+    if fault is not None:
+        return fault
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        return f"the image cannot be decoded ({error.err})"
+    if image is None:
+        return "the image cannot be decoded"
+    resize_into(image, out)
+    return None
+
+
+def resize_into(image: np.ndarray, out: np.ndarray) -> None:
+    """Fills `out` (S, S, 3) with an image (H, W, 3) uint8, its sides stretched or shrunk to S."""
+    cv2, side = opencv(), len(out)
+    height, width = image.shape[:2]
+    if height == width == side:
+        out[...] = image
+        return
+    way = cv2.INTER_AREA if min(height, width) >= side else cv2.INTER_LINEAR
+    cv2.resize(image, (side, side), dst=out, interpolation=way)
 
 
 def counts_by_group(index: Index, bad: Iterable[BadSample]) -> dict[str, int]:
