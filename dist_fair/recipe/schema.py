@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dist_fair.errors import DistFairError
+
 
 def setting(
     default: Any, meaning: str, *, choices: tuple = (), least: float = -math.inf, most: float = math.inf
@@ -71,6 +73,7 @@ class Data:
     lanes: int | None = setting(None, "lanes of the tape, a multiple of the ranks; null: from the micro-batch", least=1)
     window: int = setting(1024, "samples that are shuffled together", least=1)
     workers: int = setting(0, "loading processes per rank", least=0)
+    stage_to: str | None = setting(None, "each node first copies its shards to this local folder; $TMPDIR is expanded")
     tapes: dict[str, Tape] = setting({}, "streams that make up a batch; {}: one of everything")
     bad_samples: str = setting("fail", "what an unreadable image does", choices=("fail", "substitute"))
     max_pixels: int = setting(50_000_000, "larger images are bad samples", least=1)
@@ -101,7 +104,13 @@ class Train:
     accumulate: int = setting(1, "a step is made of so many smaller batches", least=1)
     accumulate_exact: bool = setting(False, "objectives see the smaller batches as one; the detector mostly runs twice")
     precision: str = setting("fp32", "bf16: of the detector alone; fp64: for proofs", choices=("fp32", "bf16", "fp64"))
-    backend: str = setting("ddp", "how ranks share the work", choices=("ddp",))
+    backend: str = setting(
+        "ddp",
+        "who holds what: fsdp and zero3 share out the weights too",
+        choices=("ddp", "fsdp", "zero1", "zero2", "zero3"),
+    )
+    offload: bool = setting(False, "fsdp, zero1-3: what is shared out stays in the memory of the CPU")
+    checkpoint_activations: bool = setting(False, "the backbone keeps few activations and computes the others again")
     ranks: int | None = setting(None, "stop unless launched with so many ranks", least=1)
     clip: float | None = setting(None, "largest global gradient norm", least=1e-12)
 
@@ -144,6 +153,17 @@ class Checkpoint:
 
     every: int = setting(500, "steps between checkpoints; the last step always has one", least=1)
     keep: int = setting(2, "newest checkpoints to keep", least=1)
+    best: str | None = setting(None, "keep the best one too, by a number of metrics.jsonl: min:loss, max:NAME")
+
+    def criterion(self) -> tuple[str, str] | None:
+        """`best` as (min or max, name); None where only the newest are kept. Raises DistFairError."""
+        if self.best is None:
+            return None
+        order, _, name = self.best.partition(":")
+        if order not in ("min", "max") or not name:
+            raise DistFairError(f"checkpoint.best={self.best}: min:NAME or max:NAME of a number in metrics.jsonl, such "
+                                "as min:loss; or null")  # fmt: skip
+        return order, name
 
 
 @dataclass
@@ -195,8 +215,8 @@ class Recipe:
 
 # Settings that leave the trajectory as it is: with other values it still is the same experiment, and may be resumed.
 # data.name stays in: with data.root left out, it is what tells one data set from another.
-FREE = ("recipe", "out", "resume", "data.root", "data.eval", "data.workers", "train.stop_after", "train.ranks",
-        "train.backend", "checkpoint", "evaluation", "wandb", "log")  # fmt: skip
+FREE = ("recipe", "out", "resume", "data.root", "data.eval", "data.workers", "data.stage_to", "train.stop_after",
+        "train.ranks", "train.backend", "checkpoint", "evaluation", "wandb", "log")  # fmt: skip
 
 
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

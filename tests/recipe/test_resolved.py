@@ -78,6 +78,7 @@ def test_no_stored_recipe(tmp_path):
 @pytest.mark.parametrize(
     "argument",
     ["out=x", "resume=never", "data.root=/elsewhere", "data.eval=[x]", "data.workers=4", "train.stop_after=3",
+     "data.stage_to=$TMPDIR/faces",
      "train.ranks=2", "wandb.mode=disabled", "checkpoint.every=7", "checkpoint.keep=9", "evaluation.at_end=false",
      "evaluation.bootstrap=0", "evaluation.batch_size=5", "log.every=1", "train.steps=300"],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from dist_fair.recipe.schema import Recipe, walk
 KEYS = """
 recipe seed out
 data.name data.root data.train data.eval data.attributes data.image_size data.mean data.std data.lanes data.window
-data.workers data.tapes data.bad_samples data.max_pixels
+data.workers data.stage_to data.tapes data.bad_samples data.max_pixels
 data.augment.flip data.augment.shift data.augment.brightness data.augment.contrast data.augment.noise data.augment.blur
 data.augment.jpeg data.augment.jpeg_quality
 detector.name detector.pretrained detector.norm detector.init_from detector.arguments
