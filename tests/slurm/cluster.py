@@ -1,0 +1,271 @@
+"""A real Slurm of four virtual nodes on this machine, private to one folder and one user, in about a second.
+
+    with Cluster() as cluster:
+        job = cluster.submit("slurm/train.sh", "recipe=erm", "out=/tmp/run", flags=["--nodes=2"], cwd=folder)
+        cluster.wait(job, "COMPLETED")
+
+Nodes n1 to n4 have 4 CPUs and 4 GPUs each on paper. Jobs of partition `high` pre-empt those of `main`. No accounting,
+no cgroups, no systemd; root or not.
+"""
+
+import contextlib
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+NODES = ("n1", "n2", "n3", "n4")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+# Debian's daemons lie where a plain user's PATH does not look.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+FirstJobId={first}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+ReturnToService=2
+JobRequeue=1
+SlurmctldTimeout=10
+SlurmdTimeout=5
+InactiveLimit=0
+KillWait={kill_wait}
+MinJobAge=3600
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+JobCompType=jobcomp/none
+MailProg=/bin/true
+GresTypes=gpu
+NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=4 RealMemory=4000 Gres=gpu:4
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=5
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off
+"""
+
+
+def missing() -> str:
+    """Why no cluster can be started here, or ""."""
+    absent = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    return f"no {', '.join(absent)} here (Debian: slurm-wlm and munge)" if absent else ""
+
+
+class Cluster:
+    """A running cluster. Everything it started, jobs' processes too, is gone when its context ends."""
+
+    def __init__(self, kill_wait: int = 5):
+        """kill_wait: seconds from a job's SIGTERM to its SIGKILL."""
+        self.kill_wait = kill_wait
+        self._daemons: dict[str, subprocess.Popen] = {}
+
+    def __enter__(self) -> "Cluster":
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has at most 107 characters
+        outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = outer | {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        try:
+            self._configure()
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop()
+
+    # Jobs ------------------------------------------------------------------------------------------------------------
+
+    def run(self, *command: str, **options) -> str:
+        """The output of a command that can reach the cluster, such as scontrol. Raises where it fails."""
+        options = {"env": self.environment, "timeout": 60} | options
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def submit(self, script: str | Path, *arguments: str, flags: Sequence[str] = (), cwd: Path, **environment) -> int:
+        """The number of a job submitted with sbatch from `cwd`, where its output goes."""
+        told = self.run("sbatch", "--parsable", *flags, str(script), *arguments, cwd=cwd,
+                        env=self.environment | environment)  # fmt: skip
+        return int(told.strip())
+
+    def job(self, number: int) -> dict[str, str]:
+        """What scontrol says of a job, by field."""
+        told = self.run("scontrol", "-o", "show", "job", str(number))
+        return dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", told))
+
+    def wait(self, number: int, *states: str, timeout: float = 120) -> dict[str, str]:
+        """The job's fields once it is in one of the states. Raises where it ends in another one or is late."""
+
+        def there() -> dict[str, str] | None:
+            job = self.job(number)
+            if job["JobState"] in states:
+                return job
+            if job["JobState"] in ENDED:
+                raise AssertionError(f"job {number} is {job['JobState']}, {job['ExitCode']}\n{self._said(job)}")
+            return None
+
+        return self.until(there, f"job {number} to be {' or '.join(states)}", timeout, number)
+
+    def until(self, true, what: str, timeout: float = 60, number: int | None = None):
+        """The first true answer of `true()`, asked ten times a second; TimeoutError, with a job's output, if late."""
+        deadline = time.monotonic() + timeout
+        while not (answer := true()):
+            if time.monotonic() > deadline:
+                said = self._said(self.job(number)) if number else ""
+                raise TimeoutError(f"waited {timeout:g} s for {what}\n{said}")
+            time.sleep(0.1)
+        return answer
+
+    def start_now(self, number: int, timeout: float = 60) -> None:
+        """Lets a requeued job start in 2 s: Slurm waits for its credential to expire, and refuses the same second."""
+
+        def updated() -> bool:
+            if self.job(number)["JobState"] != "PENDING":
+                return False
+            self.run("scontrol", "update", f"jobid={number}", "starttime=now+2")
+            return True
+
+        self.until(updated, f"job {number} to be requeued", timeout, number)
+
+    def ranks(self, number: int) -> dict[int, int]:
+        """Process number by rank of a job's training processes that run now."""
+        found: dict[int, int] = {}
+        for process, environment in sorted(self._processes(), reverse=True):
+            if environment.get("SLURM_JOB_ID") == str(number) and environment.get("RANK", "").isdigit():
+                found[int(environment["RANK"])] = process  # a rank's loaders have its environment, and larger numbers
+        return found
+
+    @staticmethod
+    def _said(job: dict[str, str]) -> str:
+        path = Path(job.get("StdOut", ""))
+        return path.read_text()[-5000:] if path.is_file() else "(no output)"
+
+    # Daemons ---------------------------------------------------------------------------------------------------------
+
+    def start_node(self, node: str) -> None:
+        """Starts a node's daemon, again where it was killed."""
+        self._spawn(node, "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Kills a node's daemon and all that runs on it, as a power cut would."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
+        for process, environment in self._processes():
+            if environment.get("SLURMD_NODENAME") == node:
+                _kill(process)
+
+    def _configure(self) -> None:
+        port = _free_ports(1 + len(NODES))
+        (self.folder / "state").mkdir()
+        gpus = [self.folder / f"gpu{number}" for number in range(4)]
+        for gpu in gpus:
+            gpu.touch()
+        # Two clusters on one machine have different job numbers, hence different ports of their runs.
+        (self.folder / "slurm.conf").write_text(CONFIG.lstrip().format(
+            host=socket.gethostname().split(".")[0], port=port, node_ports=f"{port + 1}-{port + len(NODES)}",
+            user=self.run("id", "-un").strip(), folder=self.folder, first=port, kill_wait=self.kill_wait,
+        ))  # fmt: skip
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={self.folder}/gpu[0-3]\n")
+        key = self.folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(secrets.token_bytes(128))
+
+    def _start(self) -> None:
+        munge = {"key-file": "key", "socket": "socket", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+        self.folder.chmod(0o755)  # munge wants its socket to be reachable
+        self._spawn("munged", "munged", "--foreground", *(f"--{option}={self.folder}/munge.{name}"
+                                                          for option, name in munge.items()))  # fmt: skip
+        self.until((self.folder / "munge.socket").exists, "munged's socket", 20)
+        self._spawn("slurmctld", "slurmctld", "-D")
+        for node in NODES:
+            self.start_node(node)
+        self.until(self._idle, "four idle nodes", 30)
+
+    def _idle(self) -> bool:
+        for name, daemon in self._daemons.items():
+            if daemon.poll() is not None:
+                raise RuntimeError(f"{name} ended with {daemon.returncode}:\n{self._log(name)}")
+        with contextlib.suppress(RuntimeError):  # slurmctld does not listen yet
+            return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", "-p", "main").split()) == len(NODES)
+        return False
+
+    def _spawn(self, name: str, program: str, *arguments: str) -> None:
+        with open(self.folder / f"{name}.out", "a") as out:
+            self._daemons[name] = subprocess.Popen([shutil.which(program, path=PATH), *arguments], stdout=out,
+                                                   stderr=out, env=self.environment, cwd=self.folder,
+                                                   start_new_session=True)  # fmt: skip
+
+    def _log(self, name: str) -> str:
+        return (self.folder / f"{name}.out").read_text()[-3000:]
+
+    def _stop(self) -> None:
+        with contextlib.suppress(Exception):
+            jobs = self.run("squeue", "-h", "-o", "%A").split()
+            if jobs:
+                self.run("scancel", "--signal=KILL", "--full", *jobs)
+                self.run("scancel", *jobs)
+                self.until(lambda: not self.run("squeue", "-h").strip(), "an empty queue", 10)
+        for daemon in reversed(self._daemons.values()):
+            daemon.kill()
+            daemon.wait()
+        for process, _ in self._processes():
+            _kill(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Process number and environment of everything that was started in this cluster."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                words = path.read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            environment = dict(word.split("=", 1) for word in words if "=" in word)
+            if environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                yield int(path.parent.name), environment
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` neighbouring free ports, below those that the kernel hands out."""
+    for _ in range(100):
+        first = random.randrange(15000, 32000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError(f"no {count} neighbouring free ports")
