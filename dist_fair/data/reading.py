@@ -9,6 +9,7 @@ import io
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -142,6 +143,20 @@ class Reader:
         for kinds in (self._kinds, self.index.labels):
             alike = np.flatnonzero(kinds == kinds[sample])
             yield alike[alike != sample]
+
+
+def file_into(path: str | Path, out: np.ndarray, max_pixels: int = MAX_PIXELS) -> str | None:
+    """Fills `out` (S, S, 3) uint8 with the image of a file as training would see it; or says what is wrong with it."""
+    from dist_fair.data.indexing import image_size  # here, since a reader has the sizes in its index
+
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        return f"the file cannot be read ({error.strerror})"
+    width, height = image_size(data)
+    if width * height > max_pixels:
+        return f"{width} x {height} pixels are more than {max_pixels:,}"
+    return decode_into(data, out)
 
 
 def decode_into(data: bytes, out: np.ndarray) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dist_fair import keyed
-from dist_fair.detectors.base import Detector, Outputs
+from dist_fair.detectors.base import Detector, Outputs, keep_outputs
 from dist_fair.detectors.conditional_decoder import ConditionalDecoder, adain
 from dist_fair.detectors.pg_fdd_arguments import PLACE, Arguments, chosen_arguments
 from dist_fair.detectors.registry import register
@@ -115,8 +115,7 @@ class PGFDD(Detector):
         if self.fuses or (self.training and self.decoder):
             _refuse_single_position(encoded["forgery"], images)
         fused = adain(blocks["demographic"], blocks["shared"]) if self.fuses else blocks["shared"]
-        feature_map = self.rectifier(fused)
-        feature_map = feature_map * self.channel_mask.to(feature_map.dtype)[:, None, None]
+        feature_map = self.unmasked(self.rectifier(fused))
         features = _pooled(feature_map)
         outputs = Outputs(features.new_empty((len(features), 0)), features, feature_map)
         if self.training:
@@ -131,6 +130,14 @@ class PGFDD(Detector):
         first = self.classifier[0]
         kind = {"device": first.weight.device, "dtype": first.weight.dtype}
         self.classifier[0] = nn.Linear(features, first.out_features, **kind)
+
+    def features_layer(self) -> nn.Linear:
+        return self.classifier[0]
+
+    def narrow(self, kept: torch.Tensor) -> bool:
+        for name in self._scoring_blocks():  # AdaIN and the rectifier work channel by channel
+            keep_outputs(self.blocks[name][-1], kept)
+        return True
 
     def scoring_parameters(self) -> int:
         blocks = self._scoring_blocks()

@@ -29,6 +29,18 @@ def registered() -> dict[str, Factory]:
     return dict(_registry)
 
 
+def make_detector(
+    name: str, pretrained: bool | str, arguments: Mapping[str, object], needs: Mapping[str, int]
+) -> Detector:
+    """A detector on this process alone, its norms as they are made; arguments as for `build_detector`.
+
+    Without needs it has the parts that the score needs and no others.
+    """
+    if name in _registry:
+        return _registry[name](pretrained, arguments, needs)
+    return build_timm(name, pretrained, arguments, [*_registry])
+
+
 def build_detector(
     name: str,
     pretrained: bool | str,
@@ -48,10 +60,7 @@ def build_detector(
     """
     detector, problem = None, ""
     try:
-        if name in _registry:
-            detector = _registry[name](pretrained, arguments, needs or {})
-        else:
-            detector = build_timm(name, pretrained, arguments, [*_registry])
+        detector = make_detector(name, pretrained, arguments, needs or {})
         convert_norms(detector, norm, comm)
     except DistFairError as error:
         problem = str(error)

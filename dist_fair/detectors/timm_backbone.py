@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_fair.detectors.base import Detector, Outputs
+from dist_fair.detectors.base import Detector, Outputs, keep_outputs
 from dist_fair.detectors.weights import SUFFIXES, load_weights
 from dist_fair.errors import DistFairError, nearest
 
@@ -43,8 +43,7 @@ class TimmDetector(Detector):
 
     def extract(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> Outputs:
         images = images.to(self.classifier.weight.dtype)
-        feature_map = self.adjust(last_map(self.backbone, images))
-        feature_map = feature_map * self.channel_mask.to(feature_map.dtype)[:, None, None]
+        feature_map = self.unmasked(self.adjust(last_map(self.backbone, images)))
         features = feature_map.mean(dim=(2, 3), dtype=full_precision(feature_map))
         return Outputs(features.new_empty((len(features), 0)), features, feature_map)
 
@@ -55,6 +54,17 @@ class TimmDetector(Detector):
     def resize_classifier(self, features: int) -> None:
         weight = self.classifier.weight
         self.classifier = nn.Linear(features, 2, device=weight.device, dtype=weight.dtype)
+
+    def features_layer(self) -> nn.Linear:
+        return self.classifier
+
+    def narrow(self, kept: torch.Tensor) -> bool:
+        # A backbone's own last map is mostly the sum of a block and its shortcut; group norm reads all channels.
+        if isinstance(self.adjust, nn.Identity) or isinstance(self.adjust[1], nn.GroupNorm):
+            return False
+        for layer in self.adjust[:2]:
+            keep_outputs(layer, kept)
+        return True
 
 
 def adjustment(backbone: nn.Module, channels: int, width: int) -> nn.Sequential:

@@ -26,6 +26,7 @@ from dist_fair.data.index import Index
 from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Detector, Outputs
 from dist_fair.errors import DistFairError, nearest
+from dist_fair.interventions.at_inference import Step
 
 
 @dataclass
@@ -172,6 +173,17 @@ class Intervention(nn.Module):
     def transform(self, features: torch.Tensor, batch: Batch, comm: Communicator) -> torch.Tensor:
         """Features (B, d) -> (B, width), between detector and classifier; in evaluation too."""
         return features
+
+    @classmethod
+    def at_inference(cls, settings: Settings, tensors: Mapping[str, torch.Tensor]) -> Step | None:
+        """What `transform` does in evaluation, for a detector that is exported; None: it leaves features as they are.
+
+        tensors: its own of a checkpoint, by name. Raises DistFairError where a deployed detector cannot do it.
+        """
+        if cls.transform is not Intervention.transform:
+            raise DistFairError(f"interventions: {cls.__name__} transforms features, but has no at_inference that says "
+                                "how without demographics: a detector trained with it cannot be exported")  # fmt: skip
+        return None
 
     def weigh(self, batch: Batch) -> torch.Tensor | None:
         """Sample weights (B,) or None. The weights of all interventions are multiplied."""

@@ -9,6 +9,7 @@ from torch import nn
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.errors import DistFairError
+from dist_fair.interventions.at_inference import Projection
 from dist_fair.interventions.base import Facts, Intervention, Weighted, register
 from dist_fair.interventions.pairs import unit_vectors
 
@@ -69,18 +70,13 @@ class LowRankProjection(Intervention):
         self.width = settings.rank
         self.basis = nn.Parameter(nn.init.orthogonal_(torch.empty(features, settings.rank)))
 
-    def directions(self) -> torch.Tensor:
-        """U (d, rank).
+    @classmethod
+    def at_inference(cls, settings: Settings, tensors: Mapping[str, torch.Tensor]) -> Projection:
+        return Projection(directions(tensors["basis"], settings.hard), normalise=settings.normalise)
 
-        hard: the orthonormal factor Q of basis = Q R, made unique, and so continuous, by a positive diagonal of R.
-        torch's parametrizations.orthogonal would not do: its Householder map truncates a diagonal of ones to integers,
-        and the first weight decay makes that zeros; its others work on d x d matrices, 25 times the time at d = 2048,
-        rank = 256, and cast to fp64 are orthonormal to fp32 only.
-        """
-        if not self.settings.hard:
-            return self.basis
-        q, r = torch.linalg.qr(self.basis)
-        return q * r.diagonal().sign()
+    def directions(self) -> torch.Tensor:
+        """U (d, rank)."""
+        return directions(self.basis, self.settings.hard)
 
     def transform(self, features: torch.Tensor, batch: Batch, comm: Communicator) -> torch.Tensor:
         return (unit_vectors(features) if self.settings.normalise else features) @ self.directions()
@@ -90,3 +86,17 @@ class LowRankProjection(Intervention):
         excess = basis.T @ basis - torch.eye(rank, dtype=basis.dtype, device=basis.device)
         square = (excess**2).sum()
         return {"orthogonality": square if self.settings.reduction == "frobenius" else square / rank**2}
+
+
+def directions(basis: torch.Tensor, hard: bool) -> torch.Tensor:
+    """U (d, rank).
+
+    hard: the orthonormal factor Q of basis = Q R, made unique, and so continuous, by a positive diagonal of R.
+    torch's parametrizations.orthogonal would not do: its Householder map truncates a diagonal of ones to integers,
+    and the first weight decay makes that zeros; its others work on d x d matrices, 25 times the time at d = 2048,
+    rank = 256, and cast to fp64 are orthonormal to fp32 only.
+    """
+    if not hard:
+        return basis
+    q, r = torch.linalg.qr(basis)
+    return q * r.diagonal().sign()

@@ -17,6 +17,7 @@ c is the running mean over groups, the same on all ranks; between features and r
 step c is 0, and sigma2 loses 1e-16 mean^2 / sigma2: 1e-8 at mean 1e4 and variance 1, where fp32 sums keep no digit.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.errors import DistFairError
+from dist_fair.interventions.at_inference import Standardisation
 from dist_fair.interventions.base import Delayed, Facts, Intervention, register
 
 INFERENCES, MOMENTUM = ("mixture", "group", "none"), 0.1
@@ -128,15 +130,19 @@ class SubgroupNorm(Intervention):
             normalised = (h - members @ table.mean) * (members @ scale)
         return normalised.to(torch.promote_types(features.dtype, torch.float32))
 
+    @classmethod
+    def at_inference(cls, settings: Settings, tensors: Mapping[str, torch.Tensor]) -> Standardisation | None:
+        if settings.inference == "none":
+            return None
+        if settings.inference == "group":
+            raise DistFairError("interventions.subgroup_norm.inference=group: in use nobody knows a face's group: "
+                                "interventions.subgroup_norm.inference=mixture, or none")  # fmt: skip
+        whole = mixture(tensors["frequencies"], tensors["running_count"], _running(tensors))
+        return Standardisation(whole.mean[0], (whole.variance[0] + settings.epsilon).rsqrt())
+
     def mixture(self) -> Moments:
         """Running moments (1, d) over the groups seen so far, by how often the plan draws them."""
-        parts = self.frequencies * (self.running_count > 0)
-        # Before the first step all groups count: each has mean 0 and variance 1.
-        parts = torch.where(parts.any(), parts, self.frequencies)
-        parts = parts / parts.sum()
-        mean = (parts * self.running_mean).sum(0, keepdim=True)
-        spread = self.running_variance + (self.running_mean - mean) ** 2
-        return Moments(mean, (parts * spread).sum(0, keepdim=True))
+        return mixture(self.frequencies, self.running_count, _running(self._buffers))
 
     def _members(self, h: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(B, G + 1) ones and zeros; the last column is that of unknown groups.
@@ -182,6 +188,21 @@ class SubgroupNorm(Intervention):
         variance = torch.where(seen, self.running_variance, mixture.variance)
         table = Moments(torch.cat([mean, mixture.mean]), torch.cat([variance, mixture.variance]))
         return self._members(h, batch), table
+
+
+def mixture(frequencies: torch.Tensor, counts: torch.Tensor, groups: Moments) -> Moments:
+    """Moments (1, d) of the groups that have a count (G, 1), mixed by their frequencies (G, 1)."""
+    parts = frequencies * (counts > 0)
+    # Before the first step all groups count: each has mean 0 and variance 1.
+    parts = torch.where(parts.any(), parts, frequencies)
+    parts = parts / parts.sum()
+    mean = (parts * groups.mean).sum(0, keepdim=True)
+    spread = groups.variance + (groups.mean - mean) ** 2
+    return Moments(mean, (parts * spread).sum(0, keepdim=True))
+
+
+def _running(tensors: Mapping[str, torch.Tensor]) -> Moments:
+    return Moments(tensors["running_mean"], tensors["running_variance"])
 
 
 def _from_sums(sums: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, Moments]:
