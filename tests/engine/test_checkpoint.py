@@ -1,40 +1,21 @@
-"""Checkpoints: whole or not there, never executed, refused when damaged or of another shape."""
-
+import contextlib
 import json
-import os
-import pickle
 import shutil
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
 
 from dist_fair.engine import checkpoint
 from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import DistFairError
-
-RECIPE = {"recipe": "erm", "seed": 0}
-
-
-def trained(optimizer_kind=torch.optim.AdamW, steps=3):
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-    optimizer = optimizer_kind(module.parameters(), lr=0.1)
-    for _ in range(steps):
-        module(torch.randn(8, 4)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return module, optimizer
+from tests.engine.checkpoints import RECIPE, damage, edit, parts_of, same, save, save_dealt, trained
+from tests.ranks import run_ranks
 
 
-def save(root, step=3):
-    module, optimizer = trained()
-    parts = {"model": module.state_dict(), "optimizer": checkpoint.optimizer_tensors(module, optimizer)}
-    return checkpoint.write(root, step, RECIPE, parts), module, optimizer
-
-
-def test_what_is_read_is_what_was_written(tmp_path):
-    folder, module, optimizer = save(tmp_path)
+@pytest.mark.parametrize("way", [save, save_dealt])
+def test_what_is_read_is_what_was_written(tmp_path, way):
+    folder, module, optimizer = way(tmp_path)
     found = checkpoint.read(folder)
     assert (found.step, found.recipe) == (3, RECIPE)
     other, other_optimizer = trained(steps=0)
@@ -49,68 +30,83 @@ def test_what_is_read_is_what_was_written(tmp_path):
         assert torch.equal(left, right)
 
 
-def test_a_crash_before_the_rename_leaves_no_checkpoint(tmp_path, monkeypatch):
-    save(tmp_path, step=1)
+def test_a_run_of_the_first_format_can_still_be_read(tmp_path):
+    module, optimizer = trained()
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    hashes = {}
+    for part, tensors in parts_of(module, optimizer).items():
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors")
+        hashes[f"{part}.safetensors"] = checkpoint.sha256(folder / f"{part}.safetensors")
+    (folder / "state.json").write_text(json.dumps({"format": 1, "step": 3, "recipe": RECIPE, "sha256": hashes}))
+    found = checkpoint.read(folder)
+    assert (found.step, found.recipe, found.values) == (3, RECIPE, {})
+    for part, tensors in parts_of(module, optimizer).items():
+        same(found.tensors(part), tensors)
 
-    def crash(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, step=2)
-    monkeypatch.undo()
-    assert checkpoint.newest(tmp_path).name == checkpoint.name_of(1)
-    checkpoint.prune(tmp_path, keep=3)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name_of(1)]
+def test_only_the_tensors_wanted_are_read(tmp_path):
+    folder, module, _ = save_dealt(tmp_path)
+    found = checkpoint.read(folder, ("model",)).tensors("model", lambda name: name.startswith("1."))
+    same(found, {name: tensor for name, tensor in module.state_dict().items() if name.startswith("1.")})
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (5, 10, 200):
+def test_what_was_read_outlives_the_file(tmp_path):
+    folder, module, _ = save(tmp_path)
+    tensors = checkpoint.read(folder).tensors("model")
+    with (folder / "model.safetensors").open("r+b") as file:  # as NFS takes a removed file away
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    same(tensors, module.state_dict())
+
+
+def test_the_newest_that_is_whole_is_gone_on_from_and_what_was_passed_over_is_told(tmp_path):
+    assert checkpoint.newest_undamaged(tmp_path) == (None, [])
+    for step in (1, 2, 3):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(10), checkpoint.name_of(200)]
+    damage(tmp_path / checkpoint.name_of(3) / "optimizer.safetensors")
+    (tmp_path / checkpoint.name_of(2) / "model.safetensors").unlink()
+    found, faults = checkpoint.newest_undamaged(tmp_path)
+    assert found.step == 1
+    assert [fault.partition("/step-")[2][:29] for fault in faults] == [
+        "00000003/optimizer.safetensor",
+        "00000002/model.safetensors is",
+    ]
+    damage(tmp_path / checkpoint.name_of(1) / "model.safetensors")
+    with pytest.raises(DistFairError, match=r"no checkpoint in .* is whole: .*step-00000003.* resume=PATH"):
+        checkpoint.newest_undamaged(tmp_path)
+
+
+def test_a_newer_format_is_not_taken_for_damage(tmp_path):
+    save(tmp_path, 1)
+    edit(save(tmp_path, 2)[0], lambda state: state | {"format": 3})
+    with pytest.raises(DistFairError, match="format 3; this version reads 1 to 2"):
+        checkpoint.newest_undamaged(tmp_path)
+
+
+def agreed(comm, folder, cases):
+    """Whether ranks that found checkpoints of these steps, a tuple of a step per rank each, may go on."""
+    answers = []
+    for steps in cases:
+        step, answer = steps[comm.rank], "refused"
+        with contextlib.suppress(DistFairError):
+            checkpoint.agree(checkpoint.read(folder / checkpoint.name_of(step)) if step else None, comm)
+            answer = "agreed"
+        answers.append(answer)
+    return answers
+
+
+def test_ranks_that_found_different_checkpoints_stop(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    cases = {(2, 2): "agreed", (2, 1): "refused", (None, 1): "refused", (None, None): "agreed"}
+    assert run_ranks(2, agreed, tmp_path, [*cases]) == [[*cases.values()]] * 2
 
 
 def test_a_flipped_byte_is_found_and_the_file_named(tmp_path):
     folder, *_ = save(tmp_path)
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
+    damage(folder / "model.safetensors")
     with pytest.raises(DistFairError, match=r"model\.safetensors is missing or damaged"):
         checkpoint.read(folder)
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-
-def test_a_pickle_in_place_of_a_tensor_file_is_not_executed(tmp_path):
-    folder, *_ = save(tmp_path)
-    bomb, target = Bomb(), tmp_path / "exploded"
-    bomb.path = str(target)
-    (folder / "model.safetensors").write_bytes(pickle.dumps(bomb))
-    state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = checkpoint._sha256(folder / "model.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(Exception, match=r"(?i)header|safetensors"):
-        checkpoint.read(folder).tensors("model")
-    with pytest.raises(DistFairError, match="no safetensors file"):
-        checkpoint.open_part(folder / "model.safetensors")
-    assert not target.exists()
-
-
-def test_other_names_and_shapes_are_refused_before_anything_is_loaded(tmp_path):
-    folder, module, optimizer = save(tmp_path)
-    tensors = checkpoint.read(folder).tensors("model")
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(DistFairError, match=r"'2\.weight' is \(3, 5\), the recipe has \(2, 5\)"):
-        checkpoint.load_model(module, tensors | {"0.bias": torch.ones(5), "2.weight": torch.ones(3, 5)}, folder)
-    with pytest.raises(DistFairError, match=r"missing \['0\.bias'\], unexpected \['0\.bais'\].*'0\.bias'"):
-        checkpoint.load_model(module, {("0.bais" if k == "0.bias" else k): v for k, v in tensors.items()}, folder)
-    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-    with pytest.raises(DistFairError, match="does not fit"):
-        checkpoint.load_optimizer(module, optimizer, {"exp_avg/0.weight": torch.ones(1, 1)})
 
 
 def test_no_checkpoint_says_so(tmp_path):
