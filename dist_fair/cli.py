@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dist_fair.errors import DistFairError, nearest
+from dist_fair.engine.preemption import GRACE
+from dist_fair.errors import DistFairError, Exit, Preempted, nearest
 
 VERBS = {
     "train": "train a recipe on this machine's or this job's ranks",
@@ -18,11 +19,16 @@ VERBS = {
 
 USAGE = "usage: dist-fair VERB [...]\n\nverbs:\n" + "".join(
     f"  {verb:10}{text}\n" for verb, text in VERBS.items()
-) + "\n`dist-fair VERB --help` tells more.\n"  # fmt: skip
+) + "\n`dist-fair VERB --help` tells more.\n\nexit codes:\n" + "".join(
+    f"  {code:<10}{code.meaning}\n" for code in Exit
+) + f"""
+environment:
+  DIST_FAIR_GRACE    seconds from SIGUSR1, SIGUSR2 or SIGTERM until a rank that hangs is forced out: {GRACE:g}
+"""  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Exit codes: 0 done, 2 an error the user can mend, others as the verb says."""
+    """The console script. Exit codes: `errors.Exit`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -33,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = arguments.pop(0)
     if verb not in VERBS:
         print(f"error: no verb '{verb}': {nearest(verb, [*VERBS])}\n\n{USAGE}", end="", file=sys.stderr)
-        return 2
+        return Exit.REFUSED
     return guarded(importlib.import_module(f"dist_fair.{verb}").main, arguments)
 
 
 def guarded(verb: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; a DistFairError becomes one line on stderr and exit code 2.
+    """Runs a verb; the exceptions of dist_fair.errors become one line on stderr and an exit code.
 
     Several ranks that meet the same error say it once: rank 0 speaks, the others only of errors of their own.
     """
@@ -48,7 +54,11 @@ def guarded(verb: Callable[[list[str]], int], arguments: Sequence[str] | None = 
     except DistFairError as error:
         if rank == 0 or not error.everywhere:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return Exit.REFUSED
+    except Preempted as stopped:
+        if rank == 0:
+            print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
+        return Exit.PREEMPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED

@@ -24,7 +24,8 @@ the gradient. So the factor W belongs into the backward of the collective, and n
 Canonical order: rank r holds rows [r B/W, (r+1) B/W) of the global batch, so a gather in rank order *is* the global
 batch, on any W. Every call is made on every rank in every step, also by a rank that has no member of a group; half
 precision is refused (a sum over 8,192 samples in bf16 keeps 3 digits). Calls and bytes are counted by name; the last
-name entered is what a hung rank is waiting in. One rank takes the same path; its wire is a copy.
+name entered is what a hung rank is waiting in, and `place` says where in the run. One rank takes the same path; its
+wire is a copy.
 """
 
 import copy
@@ -59,7 +60,11 @@ class Communicator:
         self.rank = dist.get_rank(group) if connected else 0
         self.world = dist.get_world_size(group) if connected else 1
         self.counts: dict[str, Count] = defaultdict(Count)
-        self.last = "none"
+        self.last, self.place = "none", "starting"
+
+    def __str__(self) -> str:
+        """Which rank this is and where: "rank 1 of 4, step 12, collective 'gradients'"."""
+        return f"rank {self.rank} of {self.world}, {self.place}, collective '{self.last}'"
 
     def alone(self) -> "Communicator":
         """This rank as a world of one. Its calls are counted here, until the counts are next drained."""
@@ -219,7 +224,10 @@ class _SharedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return ctx.comm._reduce(gradient.contiguous(), f"{ctx.name}/backward", dist.ReduceOp.SUM), None, None
+        around = ctx.comm.last  # "gradients": what a backward without us waits in, and this one again after this call
+        result = ctx.comm._reduce(gradient.contiguous(), f"{ctx.name}/backward", dist.ReduceOp.SUM)
+        ctx.comm.last = around
+        return result, None, None
 
 
 def _has_all_to_all(group: dist.ProcessGroup | None) -> bool:

@@ -1,8 +1,28 @@
-"""The one exception that people see: what is wrong, where, and how to mend it."""
+"""How a run that does not simply finish ends: the exit codes, and the exceptions that entry points turn into them."""
 
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of every verb. 74, 75 and 76 are for whoever starts runs again: the same command goes on."""
+
+    DONE = 0, "done, or stopped by train.stop_after"
+    BUG = 1, "a bug: the traceback says where"
+    REFUSED = 2, "an error that you can mend: the line that begins with 'error' says how"
+    RANK_LOST = 74, "a rank died, froze or failed, or its node went: the same command goes on from the last checkpoint"
+    PREEMPTED = 75, "stopped by SIGUSR1, SIGUSR2 or SIGTERM, checkpointed: the same command goes on"
+    FORCED_OUT = 76, "such a signal, but the rank hung: the same command goes on from the last checkpoint"
+    INTERRUPTED = 130, "interrupted from the keyboard: the same command goes on from the last checkpoint"
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> "Exit":
+        made = int.__new__(cls, code)
+        made._value_, made.meaning = code, meaning
+        return made
 
 
 class DistFairError(ValueError):
@@ -13,6 +33,14 @@ class DistFairError(ValueError):
     """
 
     everywhere = False
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop, and all ranks do, at the same boundary. The text says where and who was asked."""
+
+
+class RankLost(Exception):
+    """This rank cannot go on because another one does not. The text says which, and what this one was waiting in."""
 
 
 @contextmanager

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_fair.cli import guarded
+from dist_fair.engine.preemption import Preemption
 from dist_fair.errors import DistFairError, on_all_ranks
 
 
 def main(arguments: list[str]) -> int:
-    """Writes predictions/, evaluation.{json,md,csv} and figures/ of each run; of several, a comparison. Exit code 0."""
+    """Writes predictions/, evaluation.{json,md,csv} and figures/ of each run; of several, a comparison.
+
+    Exit codes: `errors.Exit`.
+    """
     options = _parser().parse_intermixed_args(arguments)
     # A run may be called "seed=1": what is there is a source.
     sources = [word for word in options.words if "=" not in word or Path(word).exists()]
@@ -19,11 +23,20 @@ def main(arguments: list[str]) -> int:
         _check(options, sources, overrides)
     if options.from_predictions:
         return _draw([Path(source) for source in sources], options.out)
-    from dist_fair.engine.launch import check_world, launch_ranks
+    from dist_fair.engine.launch import launch_ranks
 
     if options.ranks is not None:
         options.words += [f"--out={options.out}"] if options.out else []
         return launch_ranks("evaluate", options.ranks, options.words)
+    with Preemption() as preemption:
+        return _evaluate(options, sources, overrides, preemption)
+
+
+def _evaluate(
+    options: argparse.Namespace, sources: Sequence[str], overrides: Sequence[str], preemption: Preemption
+) -> int:
+    from dist_fair.engine.launch import check_world
+
     check_world("evaluate", None)
     from dist_fair.engine.checkpoint import find
     from dist_fair.reporting.side_by_side import check_out, names_of
@@ -38,7 +51,7 @@ def main(arguments: list[str]) -> int:
         work = [_read(run, checkpoint.name, overrides, out)
                 for run, checkpoint, out in zip(runs, found, outs, strict=True)]  # fmt: skip
     for (resolved, folder), checkpoint in zip(work, found, strict=True):
-        session = Session(resolved, folder)
+        session = Session(resolved, folder, preemption)
         session.load(checkpoint)
         session.evaluate(session.tests(), checkpoint.name)
     return _draw(runs, options.out) if session.leader and len(found) > 1 else 0

@@ -16,6 +16,7 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import assemble, evaluation_indexes, prepare_demo, vocabulary
 from dist_fair.engine.evaluation import evaluate_all
 from dist_fair.engine.launch import accelerator
+from dist_fair.engine.preemption import Preemption
 from dist_fair.engine.reconstructions import reconstructions
 from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import on_all_ranks
@@ -32,13 +33,18 @@ def origin(resolved: Resolved, source: str) -> dict[str, str]:
 
 
 class Session:
-    """Detector, interventions and data of a recipe on this rank. Making one checks them and writes nothing."""
+    """Detector, interventions and data of a recipe on this rank. Making one checks them and writes nothing.
 
-    def __init__(self, resolved: Resolved, folder: RunFolder):
+    preemption: who may ask it to stop.
+    """
+
+    def __init__(self, resolved: Resolved, folder: RunFolder, preemption: Preemption | None = None):
         self.resolved, self.recipe, self.folder = resolved, resolved.recipe, folder
+        self.preemption = preemption or Preemption()
         with on_all_ranks():
             self.accelerator = accelerator()
         self.comm, self.device = Communicator(), self.accelerator.device
+        self.preemption.whereabouts = self.comm.__str__
         prepare_demo(self.recipe.data, self.comm)
         with on_all_ranks():
             self.parts = assemble(self.recipe, self.comm)
@@ -65,8 +71,10 @@ class Session:
     def evaluate(self, tests: Mapping[str, Index], source: str) -> dict[str, dict]:
         """Scores and judges data sets, writes what a run leaves behind, prints the table; reports on the leader.
 
-        source: the name of the checkpoint whose weights these are.
+        source: the name of the checkpoint whose weights these are. Raises Preempted, on every rank, where it was asked
+        to stop: evaluation.json is as it was.
         """
+        self.comm.place = "evaluation"
         total, bootstrap = sum(len(index) for index in tests.values()), self.recipe.evaluation.bootstrap
         with Progress(total, "evaluate", self.leader, self.recipe.log.every, unit="samples") as progress:
             reports = evaluate_all(self.module, tests, self._test_batches, self.folder, bootstrap=bootstrap,
@@ -99,7 +107,7 @@ class Session:
     def _test_batches(self, index: Index) -> Iterator[Batch]:
         loader = evaluation_loader(self._reader(index), self.recipe.evaluation.batch_size, self.comm.rank,
                                    self.comm.world, self.recipe.data.workers, self.device)  # fmt: skip
-        yield from self._on_device(loader)
+        yield from self.preemption.between(self._on_device(loader), self.comm)
         self._report_bad(loader, index, "they were left out of the evaluation")
 
     def _on_device(self, loader: Loader) -> Iterator[Batch]:

@@ -4,11 +4,12 @@ import argparse
 import sys
 
 from dist_fair.cli import guarded
-from dist_fair.errors import on_all_ranks
+from dist_fair.engine.preemption import Preemption
+from dist_fair.errors import Exit, on_all_ranks
 
 
 def main(arguments: list[str]) -> int:
-    """Trains, then evaluates. Exit code 0, also when stopped by train.stop_after."""
+    """Trains, then evaluates. Exit codes: `errors.Exit`."""
     parser = argparse.ArgumentParser(
         prog="dist-fair train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`dist-fair train --keys` lists all keys; `dist-fair recipes` all recipes.",
@@ -29,20 +30,21 @@ def main(arguments: list[str]) -> int:
 
     if options.ranks is not None:
         return launch_ranks("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
-    from dist_fair.recipe.composition import load
-    from dist_fair.recipes import interventions
+    with Preemption() as preemption:
+        from dist_fair.recipe.composition import load
+        from dist_fair.recipes import interventions
 
-    with on_all_ranks():
-        resolved = load(options.overrides, interventions())
-    check_world("train", resolved.recipe.train.ranks)
-    from dist_fair.training import Training
+        with on_all_ranks():
+            resolved = load(options.overrides, interventions())
+        check_world("train", resolved.recipe.train.ranks)
+        from dist_fair.training import Training
 
-    training = Training(resolved)
-    if not options.dry_run:
-        training.run()
-    elif training.leader:
-        print(training.describe())
-    return 0
+        training = Training(resolved, preemption)
+        if not options.dry_run:
+            training.run()
+        elif training.leader:
+            print(training.describe())
+    return Exit.DONE
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.backends import make_backend
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
+from dist_fair.engine.preemption import Preemption
 from dist_fair.engine.run_folder import MetricsLog, RunFolder, few
 from dist_fair.engine.saving import Saver
 from dist_fair.engine.sharpness import refuse_inexact_sam
-from dist_fair.errors import DistFairError, on_all_ranks
+from dist_fair.errors import DistFairError, Preempted, on_all_ranks
 from dist_fair.recipe.resolved import Resolved, differences, flatten
 from dist_fair.recipes import interventions
 from dist_fair.reporting.chance import ChanceWatch
@@ -31,10 +32,10 @@ from dist_fair.session import Session
 class Training(Session):
     """One invocation of a run. Making one checks everything that can be refused, and writes nothing."""
 
-    def __init__(self, resolved: Resolved):
+    def __init__(self, resolved: Resolved, preemption: Preemption | None = None):
         with on_all_ranks():
             self.start = claim(RunFolder(resolved.recipe.out), resolved)
-        super().__init__(resolved, RunFolder(resolved.recipe.out))
+        super().__init__(resolved, RunFolder(resolved.recipe.out), preemption)
         self.reader = self._reader(self.parts.index)
         with on_all_ranks():
             self.reader.check(self.parts.plan.samples)
@@ -50,8 +51,8 @@ class Training(Session):
                 with self.backend.whole() as self.module:
                     reports = self.evaluate(self.planned_tests, checkpoint.name_of(self.parts.steps))
                 wandb.summary(flatten(reports))
-        except BaseException:
-            wandb.finish(failed=True)
+        except BaseException as error:
+            wandb.finish(failed=not isinstance(error, Preempted))
             raise
         wandb.finish()
 
@@ -118,6 +119,7 @@ class Training(Session):
             seed=recipe.seed,
             saver=Saver(self.folder.checkpoints, self.resolved.trajectory(), self.comm, saved.keep),
             describe=self.parts.index.place,
+            preemption=self.preemption,
         )
         if self.start:
             with on_all_ranks():

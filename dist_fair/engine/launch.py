@@ -5,9 +5,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dist_fair.errors import DistFairError, on_all_ranks
+from dist_fair.engine.preemption import passed_on
+from dist_fair.errors import DistFairError, Exit, on_all_ranks
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 HOW = (
@@ -18,21 +20,30 @@ HOW = (
 
 
 def launch_ranks(verb: str, ranks: int, arguments: Sequence[str]) -> int:
-    """Runs `ranks` local ranks of `dist_fair.VERB` under torchrun; the exit code of the first that failed, or 0."""
+    """Runs `ranks` local ranks of `dist_fair.VERB` under torchrun; the exit code of the first that failed, or 0.
+
+    Signals that ask a run to stop are passed on to the ranks, which then end as they do: torchrun would give them 30 s.
+    """
     if ranks < 1:
         raise DistFairError(f"--ranks {ranks}: at least 1")
     if "RANK" in os.environ:
         world = os.environ.get("WORLD_SIZE")
         raise DistFairError(f"--ranks {ranks}: this is one of {world} launched ranks; leave it out")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = ["--standalone", "--nproc_per_node", str(ranks), "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
     try:
-        torchrun(["--standalone", "--nproc_per_node", str(ranks), "-m", f"dist_fair.{verb}", *arguments])
+        with passed_on(lambda words: f"dist_fair.{verb}" in words):
+            torchrun([*command, "-m", f"dist_fair.{verb}", *arguments])
     except ChildFailedError as error:  # the rank has said why; torch's own account of it says only that it did
-        return error.get_first_failure()[1].exitcode
-    return 0
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else Exit.RANK_LOST  # negative: the number of the signal that killed it
+    except SignalException:
+        raise KeyboardInterrupt from None
+    return Exit.DONE
 
 
 def check_world(verb: str, expected: int | None) -> None:
@@ -72,3 +83,12 @@ def accelerator() -> "Accelerator":
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(cpu=gpus == 0, mixed_precision="no", kwargs_handlers=[ddp])
+
+
+def join_alone(device: "torch.device") -> None:
+    """A process group of this rank, where there is none: of one rank accelerate makes none, and sharding needs one."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -19,8 +19,9 @@ from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint, sharpness
 from dist_fair.engine.backends.base import Backend
 from dist_fair.engine.module import Losses
+from dist_fair.engine.preemption import Preemption
 from dist_fair.engine.saving import Saver
-from dist_fair.errors import DistFairError
+from dist_fair.errors import DistFairError, Preempted
 from dist_fair.interventions.base import ScoringData
 from dist_fair.recipe.schema import Sam
 
@@ -49,7 +50,7 @@ class Trainer:
     """A module in training.
 
     backend: how the ranks share it. saver: of its checkpoints. describe: sample row -> text, for messages. sam: where
-    the gradients are taken.
+    the gradients are taken. preemption: who may ask it to stop.
     """
 
     def __init__(
@@ -63,17 +64,21 @@ class Trainer:
         seed: int,
         saver: Saver,
         describe: Callable[[int], str],
+        preemption: Preemption | None = None,
     ):
         self.backend, self.module, self.schedule = backend, backend.module, schedule
         self.comm, self.rhythm = comm, rhythm
         self.sam = sam
         self.seed, self.saver, self.describe = seed, saver, describe
-        self.step = 0
+        self.preemption = preemption or Preemption()
+        self.step = self.saved = 0
+        # DDP, FSDP and ZeRO speak to each other in backward without us: this is what a rank then waits in.
+        self.module.register_forward_hook(lambda *_: setattr(comm, "last", "gradients"))
 
     def resume(self, source: checkpoint.Checkpoint) -> None:
         """Takes over a checkpoint's state. Call before `run`."""
         self.backend.load(source.tensors("model"), source.tensors("optimizer"), source.folder)
-        self.step = source.step
+        self.step = self.saved = source.step
 
     def run(
         self,
@@ -85,6 +90,7 @@ class Trainer:
 
         batches: (first, last) micro-batch -> this rank's batches, on its device. observers: called after each step
         with the step's number and values, on every rank.
+        Raises Preempted, on every rank, where it was asked to stop: between two steps, with the state on disk.
         """
         accumulate = self.rhythm.accumulate
         stream = iter(batches(self.step * accumulate, self.rhythm.stop * accumulate))
@@ -92,13 +98,18 @@ class Trainer:
         self.comm.drain()
         stall: Values = {}
         while self.step < self.rhythm.stop:
-            changes = self._restructure(scoring)
+            self.comm.place = f"step {self.step}"
+            try:
+                self.preemption.check(self.comm)
+                changes = self._restructure(scoring)
+            except Preempted as asked:
+                raise Preempted(f"{asked}; {self._keep()}") from None
             values = self._step(stream) | changes | stall
             # Told before it is saved: a run killed in between resumes from before this step and tells it again.
             for observer in observers:
                 observer(self.step, values)
             self.step += 1
-            stall = self.saver.save(self.step, self.backend) if self._due() else {}
+            stall = self._save() if self._due() else {}
         self.saver.finish()
 
     def _step(self, stream: Iterator[Batch]) -> Values:
@@ -171,14 +182,49 @@ class Trainer:
         raise error
 
     def _restructure(self, scoring: ScoringData) -> Values:
+        """What the interventions change in the detector before this step; if stopped in it, nothing is changed."""
         due = [name for name, part in self.module.interventions.items() if part.restructures(self.step)]
         if not due:
             return {}
+        scoring, found, stopped = _Interruptible(scoring, self.preemption, self.comm), {}, None
         with self.backend.whole() as module:
-            parts = {name: module.interventions[name] for name in due}
-            return {"restructured": {name: part.restructure(self.step, module.detector, scoring, self.comm)
-                                     for name, part in parts.items()}}  # fmt: skip
+            before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+            try:
+                for name in due:
+                    found[name] = module.interventions[name].restructure(self.step, module.detector, scoring, self.comm)
+            except Preempted as asked:
+                stopped = asked
+                for buffer, value in before:
+                    buffer.copy_(value)
+        if stopped:
+            raise stopped
+        return {"restructured": found}
+
+    def _save(self) -> Values:
+        self.saved = self.step
+        return self.saver.save(self.step, self.backend)
+
+    def _keep(self) -> str:
+        """Sees that the present state is on disk before any rank leaves; says so."""
+        new = self.step > self.saved
+        if new:
+            self._save()
+        self.saver.finish()
+        self.comm.barrier("stopped")  # whoever ends a job ends it all with its first rank
+        return "checkpointed" if new or self.saved else "nothing was trained yet"
 
     def _due(self) -> bool:
         every = self.rhythm.save_every
         return self.step == self.rhythm.stop or (every is not None and self.step % every == 0)
+
+
+@dataclass
+class _Interruptible:
+    """ScoringData with a boundary before each batch."""
+
+    data: ScoringData
+    preemption: Preemption
+    comm: Communicator
+
+    def batches(self, size: int, count: int, *key: int | str) -> Iterator[Batch]:
+        return self.preemption.between(self.data.batches(size, count, *key), self.comm)

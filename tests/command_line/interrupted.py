@@ -1,0 +1,153 @@
+"""Ranks that may end in any way: by an exit code, a signal, or not at all.
+
+    for ended in endings(2, [out, *arguments], Event(1, "step", 3, "SIGUSR1")): ended.code, ended.said
+
+As tests.ranks.run_ranks, which kills all ranks when one of them dies; here that is the point. An event happens on one
+rank, just as it begins a piece of work.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import _unnamed_main
+
+TIMEOUT = 100.0  # seconds for all ranks to end, on a busy machine
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens on `rank`, as it begins its `number`-th (from 0) piece of work of a kind.
+
+    kind: "start" (of the program, before the ranks know each other), "step", "scoring" or "evaluation" (batches), or
+    "checkpoint". what: the name of a signal to itself, "sleep SECONDS", or "raise TEXT".
+    """
+
+    rank: int
+    kind: str
+    number: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: exit code, negative for a signal; what it said on both outputs; seconds it took in all."""
+
+    code: int | None
+    said: str
+    seconds: float
+
+
+def endings(
+    world: int,
+    arguments: Sequence[object],
+    *events: Event,
+    verb: str = "train",
+    planted: Callable | None = None,
+    timeout: float = TIMEOUT,
+    **environment: object,
+) -> list[Ended]:
+    """`dist-fair VERB *arguments` on `world` ranks of one thread each, to the end of all of them.
+
+    planted: makes a patch, in which every rank runs. A rank that has not ended after `timeout` seconds is killed and
+    has code None.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "accelerate", "pytest"])
+    settings = {name: str(value) for name, value in environment.items()}
+    with tempfile.TemporaryDirectory() as folder, _unnamed_main():
+        began = time.monotonic()
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, folder, verb, [str(one) for one in arguments],
+                                                [event for event in events if event.rank == rank], planted, settings))
+            for rank in range(world)
+        ]  # fmt: skip
+        for rank in ranks:
+            rank.start()
+        took = [None] * world
+        while None in took and time.monotonic() < began + timeout:
+            for number, rank in enumerate(ranks):
+                if took[number] is None and not rank.is_alive():
+                    took[number] = time.monotonic() - began
+            time.sleep(0.02)
+        for rank in ranks:
+            rank.kill()
+        return [Ended(rank.exitcode if took[number] else None, Path(folder, str(number)).read_text(),
+                      took[number] or timeout) for number, rank in enumerate(ranks)]  # fmt: skip
+
+
+def _rank(rank, world, folder, verb, arguments, events, planted, settings):
+    output = os.open(os.path.join(folder, str(rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
+    os.environ.update({name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")})
+    os.environ.update({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | settings)
+    torch.set_num_threads(1)
+
+    from dist_fair import cli
+    from dist_fair.engine import launch
+
+    accelerator = launch.accelerator
+
+    def connected():
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), world), rank=rank,
+                                    world_size=world)  # fmt: skip
+        return accelerator()
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=0))
+        patches.enter_context(mock.patch("dist_fair.session.accelerator", connected))
+        if planted:
+            patches.enter_context(planted())
+        for event in events:
+            patches.enter_context(_planned(event))
+        code = cli.main([verb, *arguments])
+    raise SystemExit(code)
+
+
+def _planned(event: Event):
+    """A patch with which the event happens."""
+    from dist_fair.engine.loop import Trainer
+    from dist_fair.engine.module import TrainingModule
+    from dist_fair.engine.saving import Saver
+    from dist_fair.interventions.channel_decoupling import ChannelDecoupling
+    from dist_fair.recipe import composition
+
+    owner, name = {
+        "start": (composition, "load"),
+        "step": (Trainer, "_step"),
+        "scoring": (ChannelDecoupling, "_losses"),
+        "evaluation": (TrainingModule, "score"),
+        "checkpoint": (Saver, "save"),
+    }[event.kind]
+    real, seen = getattr(owner, name), []
+
+    def observed(*arguments, **named):
+        if len(seen) == event.number:
+            happen(event.what)
+        seen.append(1)
+        return real(*arguments, **named)
+
+    return mock.patch.object(owner, name, observed)
+
+
+def happen(what: str) -> None:
+    """Something that befalls this process now."""
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, what))
+    elif what.startswith("sleep"):
+        time.sleep(float(what.split()[1]))
+    else:
+        raise ValueError(what.removeprefix("raise "))
