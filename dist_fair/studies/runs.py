@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from dist_fair.reporting.progress import Progress, say
 POLL = 0.1  # seconds between looks at the running processes
 GRACE = 60  # seconds that stopped runs have to end; torchrun gives its ranks 30
 SHOWN = 5  # last lines of the log of a failed run
+MANY = 20  # runs, from which on their check shows how far it is: a fifth of a second each
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,24 @@ class Run:
         return resolved
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended without being finished. ending: how, such as "exit code 2"; logs: what is quoted of it."""
+
+    run: Run
+    ending: str
+    logs: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        """The run, how it ended, and the last lines of each log that has any."""
+        lines = []
+        for log in self.logs:
+            with suppress(OSError):
+                if last := log.read_text(errors="replace").splitlines()[-SHOWN:]:
+                    lines += [f"; {log} ends:", *(f"\n    {line}" for line in last)]
+        return f"{self.run.folder}: {self.ending}{''.join(lines) or '; it has left no log'}"
+
+
 def over_seeds(root: Path, name: str, arguments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """The same arguments with each seed, in ROOT/NAME-SEED."""
     return [Run(root / f"{name}-{seed}", (*arguments, f"seed={seed}")) for seed in seeds]
@@ -78,40 +97,72 @@ def over_seeds(root: Path, name: str, arguments: Sequence[str], seeds: Sequence[
 def train_all(runs: Sequence[Run], jobs: int = 1, ranks: int = 1) -> None:
     """Trains and evaluates the runs that are not finished, `jobs` at a time, `ranks` local ranks each.
 
+    Raises DistFairError as `train_missing` does, and at the end with every failed run.
+    """
+    if failures := train_missing(runs, jobs, ranks):
+        raise failed(failures, len(runs))
+
+
+def train_missing(runs: Sequence[Run], jobs: int = 1, ranks: int = 1) -> list[Failure]:
+    """`train_all`, but runs that fail are returned.
+
     Each rank has one thread, unless OMP_NUM_THREADS says otherwise. Before the first starts, every recipe is resolved
     and every folder looked at. A run that fails does not stop the others.
-    Raises DistFairError if something is wrong before the start, and at the end with every failed run and the last
-    lines of its log; KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, when the runs started here are stopped.
+    Raises DistFairError if something is wrong before the start; KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, when
+    the runs started here are stopped.
     """
     for key, value in (("jobs", jobs), ("ranks", ranks)):
         if value < 1:
             raise DistFairError(f"{key}={value}: at least 1")
+    refuse_rank()
+    check_all(runs)
+    waiting = missing(runs)
+    return _train(deque(waiting), len(runs), jobs, ranks) if waiting else []
+
+
+def missing(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are not finished, in order; says how many are."""
+    unfinished = [run for run in runs if not finished(run)]
+    if len(unfinished) < len(runs):
+        say(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished")
+    return unfinished
+
+
+def failed(failures: Sequence[Failure], total: int) -> DistFairError:
+    """The error that tells of failed runs, with the last lines of their logs."""
+    told = "\n".join(map(str, failures))
+    return DistFairError(f"{len(failures)} of {total} runs failed; the same command again trains only what is missing\n"
+                         f"{told}")  # fmt: skip
+
+
+def refuse_rank() -> None:
+    """Raises DistFairError in a process that torchrun or accelerate has started."""
     if "RANK" in os.environ:
         raise DistFairError("a study starts its runs itself: start it once, without torchrun or accelerate; --ranks N "
                             "gives each run N ranks")  # fmt: skip
-    check_all(runs)
-    waiting = [run for run in runs if not finished(run)]
-    if len(waiting) < len(runs):
-        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished")
-    failed = _train(deque(waiting), len(runs), jobs, ranks) if waiting else {}
-    if failed:
-        told = "\n".join(_failure(run, code) for run, code in failed.items())
-        raise DistFairError(f"{len(failed)} of {len(runs)} runs failed; the same command again trains only what is "
-                            f"missing\n{told}")  # fmt: skip
 
 
 def check_all(runs: Sequence[Run]) -> None:
-    """Raises DistFairError for what can be refused before anything starts.
+    """Raises DistFairError with everything that can be refused before anything starts, and in which runs it is.
 
     Recipes that do not resolve, two runs in one folder, and folders that hold another run than the one asked for.
     """
     seen: set[Path] = set()
-    for run in runs:
-        if (place := run.folder.resolve()) in seen:
-            raise DistFairError(f"{run.folder}: two runs in one folder: each needs a name and a seed of its own")
-        seen.add(place)
-        RunFolder(run.folder).refuse_other_recipe(run.resolved, interventions(), str(run.folder),
-                                                  "remove it or choose another folder")  # fmt: skip
+    problems: dict[str, list[Run]] = {}
+    with Progress(len(runs), "check", enabled=len(runs) > MANY, every=MANY) as progress:
+        for run in runs:
+            try:
+                if (place := run.folder.resolve()) in seen:
+                    raise DistFairError(f"{run.folder}: two runs in one folder: each needs a name and a seed "
+                                        "of its own")  # fmt: skip
+                seen.add(place)
+                RunFolder(run.folder).refuse_other_recipe(run.resolved, interventions(), str(run.folder),
+                                                          "remove it or choose another folder")  # fmt: skip
+            except DistFairError as error:
+                problems.setdefault(str(error).removeprefix(str(run.folder)), []).append(run)
+            progress.step()
+    if problems:
+        raise _refused(problems, len(runs))
 
 
 def finished(run: Run) -> bool:
@@ -148,11 +199,21 @@ def results(run: Run) -> dict[str, dict]:
     return {name: found[name] for name in dataset_names(run.resolved.recipe.data.eval).values()}
 
 
-def _train(waiting: deque[Run], total: int, jobs: int, ranks: int) -> dict[Run, int]:
-    """Runs all that wait; the exit codes of those that failed."""
+def _refused(problems: dict[str, list[Run]], total: int) -> DistFairError:
+    """One error of all problems: a problem that many runs share is told once, by the first of them."""
+    lines = []
+    for problem, runs in problems.items():
+        lines.append(f"{runs[0].folder}{problem}" + (f" ({len(runs) - 1} more say so)" if len(runs) > 1 else ""))
+    count = sum(map(len, problems.values()))
+    head = [f"{count} of {total} runs cannot be started:"] if count > 1 else []
+    return DistFairError("\n".join([*head, *lines]))
+
+
+def _train(waiting: deque[Run], total: int, jobs: int, ranks: int) -> list[Failure]:
+    """Runs all that wait; what failed of them."""
     running: dict[Run, tuple[subprocess.Popen, float]] = {}
-    failed: dict[Run, int] = {}
-    with _stop_signals() as received, Progress(total, "runs", every=1, start=total - len(waiting)) as progress:
+    failures: list[Failure] = []
+    with stop_signals() as received, Progress(total, "runs", every=1, start=total - len(waiting)) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs and not received:
@@ -164,15 +225,15 @@ def _train(waiting: deque[Run], total: int, jobs: int, ranks: int) -> dict[Run, 
                         continue
                     del running[run]
                     say(f"{run.folder}: {_ending(code)} after {time.monotonic() - began:.0f} s")
-                    progress.step()
                     if code != 0:
-                        failed[run] = code
+                        failures.append(Failure(run, _ending(code), (run.log,)))
+                    progress.step(running=len(running), failed=len(failures))
                 time.sleep(POLL)
                 if received:
                     raise KeyboardInterrupt
         finally:
             _stop([process for process, _ in running.values()])
-    return failed
+    return failures
 
 
 def _start(run: Run, ranks: int) -> subprocess.Popen:
@@ -189,7 +250,7 @@ def _start(run: Run, ranks: int) -> subprocess.Popen:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGHUP are kept in a list, to be seen between two starts and not in the middle of one.
 
     What was ignored before (nohup) stays ignored.
@@ -226,8 +287,3 @@ def _ending(code: int) -> str:
     if code == 0:
         return "finished"
     return f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-
-
-def _failure(run: Run, code: int) -> str:
-    lines = run.log.read_text(errors="replace").splitlines()[-SHOWN:]
-    return "\n".join([f"{run.folder}: {_ending(code)}; {run.log} ends:", *(f"    {line}" for line in lines)])
