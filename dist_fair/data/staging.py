@@ -79,8 +79,8 @@ class Staging:
     def run(self, report: Report = lambda megabytes, **nodes: None) -> list[Index]:
         """Copies what is missing and returns the indexes with the copies as their folders; on every rank.
 
-        report is called on every rank, as often, about once a second. Raises DistFairError on every rank, naming the node, if one of them
-        fails: no space, or a shard whose bytes are not those of the index.
+        report is called on every rank, as often, about once a second. Raises DistFairError on every rank, naming the
+        node, if one of them fails: no space, or a shard whose bytes are not those of the index.
         """
         with self._agreed():
             if self._copy is not None:
