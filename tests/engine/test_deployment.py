@@ -1,0 +1,339 @@
+"""Detectors in use: the scores of the trained module, from a folder with nothing else in it, which may be hostile."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+
+import dist_fair
+from dist_fair.data.reading import Reader
+from dist_fair.detectors.base import Detector
+from dist_fair.engine import exporting
+from dist_fair.engine.deployment import load_detector
+from dist_fair.errors import DistFairError
+from dist_fair.interventions.at_inference import Projection, Standardisation
+from dist_fair.interventions.base import Intervention, Settings, registered
+from tests.data.making import encoded, made_index, picture
+from tests.engine import deployment_worlds
+from tests.engine.deployment_worlds import SIZE, batch, deployed, trained
+
+TOLERANCE = 1e-6
+SOME, ALL_BUT_ONE = (0, 3, 4, 9, 11), (*range(7), *range(8, 12))
+
+
+def apart(folder, recipe, module, spread=0.05):
+    """Largest difference between the scores of the exported and loaded detector and of the module."""
+    exporting.write(folder, deployed(recipe, module))
+    expected, found = module.score(batch()), load_detector(folder)(batch().images)
+    assert spread == 0 or expected.max() - expected.min() > spread, (
+        "all images have the same score: nothing is compared"
+    )
+    assert found.dtype == torch.float32
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("masked", [(), SOME, ALL_BUT_ONE], ids=["unmasked", "masked", "one left"])
+@pytest.mark.parametrize("steps", [*deployment_worlds.STEPS])
+def test_scores_are_those_of_the_module(tmp_path, steps, masked):
+    spread = 0 if (steps, masked) == ("unit", ALL_BUT_ONE) else 0.05  # a single number has one direction
+    assert apart(tmp_path / "out", *trained("relu", steps, masked), spread) < TOLERANCE
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["masked"] == sorted(masked)
+    assert len(config["steps"]) == (0 if "not" in steps else len(deployment_worlds.STEPS[steps]))
+
+
+@pytest.mark.parametrize("masked", [(), SOME], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("detector", [*deployment_worlds.DETECTORS])
+def test_every_kind_of_detector(tmp_path, detector, masked):
+    recipe, module = trained(detector, "norm, projection", masked)
+    assert apart(tmp_path / "out", recipe, module) < TOLERANCE
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    kept = module.detector.channels - len(masked)
+    assert tensors["steps.0.mean"].shape == (kept,)
+    assert tensors["steps.1.basis"].shape == (kept + bool(masked), 5)
+    if detector == "adjusted":
+        assert {len(tensors[f"detector.adjust.{layer}.bias"]) for layer in (0, 1)} == {kept}
+    if detector == "pg_fdd":
+        assert {len(tensors[f"detector.blocks.{name}.4.bias"]) for name in ("shared", "demographic")} == {kept}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_precision_is_that_of_training(tmp_path, precision):
+    assert apart(tmp_path / "out", *trained("smooth", "norm, projection", SOME, precision)) < TOLERANCE
+
+
+def test_only_what_the_score_needs_is_in_the_file(tmp_path):
+    recipe, module = trained("pg_fdd", masked=())
+    exporting.write(tmp_path / "out", deployed(recipe, module))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    trained_names = {name for name in module.state_dict() if not name.endswith("num_batches_tracked")}
+    left_out = {name.split(".")[1] + "." + name.split(".")[2] for name in trained_names - tensors.keys()
+                if name != "detector.channel_mask"}  # fmt: skip
+    assert {part.split(".")[0] for part in left_out} == {"encoders", "blocks", "heads", "decoder"}
+    assert {part for part in left_out if part.startswith(("encoders", "blocks"))} == {"encoders.content",
+                                                                                     "blocks.specific"}  # fmt: skip
+    parameters = sum(one.numel() for one in load_detector(tmp_path / "out").parameters())
+    assert parameters == module.detector.scoring_parameters() < sum(one.numel() for one in module.parameters()) / 1.3
+
+
+def test_a_masked_channel_is_gone_from_the_file(tmp_path):
+    recipe, module = trained("relu", "norm", SOME)
+    exporting.write(tmp_path / "out", deployed(recipe, module))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("detector.backbone")}
+    assert shapes == {"detector.classifier.weight": (2, 7), "detector.classifier.bias": (2,),
+                      "steps.0.mean": (7,), "steps.0.scale": (7,)}  # fmt: skip
+    kept = [channel for channel in range(12) if channel not in SOME]
+    assert torch.equal(tensors["detector.classifier.weight"], module.detector.classifier.weight[:, kept])
+
+
+def shuffled(monkeypatch):
+    prune = Detector.prune
+    monkeypatch.setattr(Detector, "prune", lambda self, kept: prune(self, kept.roll(1)))
+
+
+def constants_forgotten(monkeypatch):
+    without = Standardisation.without
+
+    def forgetful(self, kept, constants):
+        step, constants = without(self, kept, constants)
+        return step, constants * 0
+
+    monkeypatch.setattr(Standardisation, "without", forgetful)
+
+
+def length_forgotten(monkeypatch):
+    without = Projection.without
+
+    def forgetful(self, kept, constants):
+        step, _ = without(self, kept, constants)
+        step.constant = step.constant * 0.5
+        step.basis[-1] *= 2
+        return step, None
+
+    monkeypatch.setattr(Projection, "without", forgetful)
+
+
+@pytest.mark.parametrize(("bug", "detector", "steps"), [
+    (shuffled, "relu", "nothing"), (shuffled, "adjusted", "nothing"), (shuffled, "pg_fdd", "norm"),
+    (constants_forgotten, "relu", "norm"), (constants_forgotten, "relu", "norm, projection"),
+    (length_forgotten, "relu", "norm, unit"),
+])  # fmt: skip
+def test_a_planted_bug_is_noticed(tmp_path, monkeypatch, bug, detector, steps):
+    bug(monkeypatch)
+    assert apart(tmp_path / "out", *trained(detector, steps, SOME)) > 100 * TOLERANCE
+
+
+def test_what_cannot_be_exported_is_refused():
+    recipe, module = trained("relu", "norm")
+    recipe.interventions["subgroup_norm"].inference = "group"
+    with pytest.raises(DistFairError, match=r"nobody knows a face's group: .*inference=mixture, or none"):
+        deployed(recipe, module)
+    with pytest.raises(DistFairError, match="channel_mask: 0 of 12 entries are 1, 12 are 0"):
+        deployed(*trained(masked=range(12)))
+    recipe, module = trained()
+    recipe.detector.arguments = recipe.detector.arguments | {"channels": [4, 4, 8, 10]}
+    with pytest.raises(DistFairError, match=r"here: not the weights of this TimmDetector.*\(10,\)"):
+        deployed(recipe, module)
+    recipe.interventions["subgroup_norm"] = registered()["subgroup_norm"].Settings()
+    with pytest.raises(DistFairError, match=r"here does not fit its recipe: interventions\.subgroup_norm has no"):
+        deployed(recipe, module)
+
+    class Unknown(Intervention):
+        def transform(self, features, batch, comm):
+            return features * 2
+
+    with pytest.raises(DistFairError, match="Unknown transforms features, but has no at_inference"):
+        Unknown.at_inference(Settings(), {})
+
+
+def test_a_loaded_detector_stays_as_it_is(tmp_path):
+    exporting.write(tmp_path / "out", deployed(*trained("relu", "norm", SOME)))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    detector = dist_fair.load_detector(tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
+    detector.train()
+    assert not any(module.training for module in detector.modules())
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    images = batch().images.requires_grad_()
+    detector(images).sum().backward()
+    assert images.grad.abs().sum() > 0  # for saliency maps
+    assert all(parameter.grad is None for parameter in detector.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in detector.state_dict().items())
+    torch.testing.assert_close(detector(images[:2]), detector(images)[:2], rtol=0, atol=TOLERANCE)
+
+
+def test_images_are_prepared_as_in_training(tmp_path):
+    """Sizes, kinds of file, grey and transparent ones, and what a camera says of how it was held."""
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(1)[:, :17]).save(turned, exif=exif)
+    grey = cv2.imencode(".png", picture(2)[..., 0])[1].tobytes()
+    transparent = cv2.imencode(".png", np.dstack([picture(3), picture(4)[..., :1]]))[1].tobytes()
+    files = [turned.read_bytes(), encoded(picture(5, 100)), grey, transparent, encoded(picture(6, SIZE), "png"),
+             encoded(picture(7)[:9], "webp")]  # fmt: skip
+    recipe, module = trained()
+    expected = Reader(made_index(tmp_path / "shards", files), SIZE).read(np.arange(6), np.zeros(6, int)).images
+    paths = []
+    for number, data in enumerate(files):
+        paths.append(tmp_path / f"{number}.any")
+        paths[-1].write_bytes(data)
+    detector = deployed(recipe, module)
+    assert torch.equal(detector.preprocess(paths), detector.normalised(expected))
+    assert torch.equal(detector.preprocess([*expected]), detector.normalised(expected))
+    assert np.ptp(expected[0], axis=(0, 1)).min() > 0
+    with pytest.raises(DistFairError, match="image 1: an array of float64"):
+        detector.preprocess([expected[0], expected[0] / 255])
+    (tmp_path / "text.png").write_text("no image")
+    for path, fault in (("text.png", "not a jpg, png or webp"), ("nowhere.png", "cannot be read")):
+        with pytest.raises(DistFairError, match=f"{path}: .*{fault}"):
+            detector.preprocess([tmp_path / path])
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    exporting.write(folder, deployed(*trained("relu", "norm, projection", SOME)))
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "out")
+
+
+def change(folder, config=None, **tensors):
+    """Another config, or other tensors (None: left out), with the hash that belongs to them."""
+    content = json.loads((folder / "config.json").read_text()) | (config or {})
+    if tensors:
+        held = load_file(folder / "model.safetensors") | tensors
+        data = save({name: tensor for name, tensor in held.items() if tensor is not None})
+        (folder / "model.safetensors").write_bytes(data)
+        content["sha256"] = {"model.safetensors": hashlib.sha256(data).hexdigest()}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_a_damaged_file_is_found(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(DistFairError, match=r"model\.safetensors is damaged"):
+        load_detector(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DistFairError, match=r"model\.safetensors cannot be read"):
+        load_detector(folder)
+    with pytest.raises(DistFairError, match=r"is no exported detector .*dist-fair export RUN"):
+        load_detector(folder.parent)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_a_pickle_is_not_executed(folder):
+    data = pickle.dumps(Bomb(folder / "exploded"))
+    (folder / "model.safetensors").write_bytes(data)
+    change(folder, {"sha256": {"model.safetensors": hashlib.sha256(data).hexdigest()}})
+    with pytest.raises(DistFairError, match="is no safetensors file"):
+        load_detector(folder)
+    assert not (folder / "exploded").exists()
+
+
+ARGUMENTS = deployment_worlds.RESNET
+CONFIGS = {
+    "another format": ({"format": 2}, "has format 2; this version reads 1"),
+    "no hash": ({"sha256": {"../model.safetensors": "0"}}, "KeyError"),
+    "a further key": ({"pretrained": "weights.pt"}, "pretrained"),
+    "a wrong type": ({"image_size": "64"}, "image_size=64 is not what an export writes"),
+    "no size": ({"image_size": 0}, "image_size=0"),
+    "no spread": ({"std": [0.5, 0.5, 0.0]}, "std"),
+    "precision": ({"precision": "int8"}, "precision=int8"),
+    "masked twice": ({"masked": [0, 3, 3, 9, 11]}, "masked"),
+    "masked beyond": ({"masked": [0, 3, 4, 9, 12]}, "masked"),
+    "fewer masked": ({"masked": [0, 3, 4, 9]}, "takes 7 features, and 8 come"),
+    "all masked": ({"masked": [*range(12)]}, "masked"),
+    "channels": ({"channels": 13}, "resnet18 has 12 channels, not 13"),
+    "no detector": ({"name": "../../etc/passwd"}, "no such detector"),
+    "from the hub": ({"name": "hf_hub:someone/model"}, "no such detector"),
+    "a file's weights": ({"arguments": ARGUMENTS | {"checkpoint_path": "/tmp/x.pt"}}, "set by dist_fair"),
+    "the hub's weights": ({"arguments": ARGUMENTS | {"pretrained": True}}, "cannot build it|multiple values"),
+    "no arguments": ({"arguments": ARGUMENTS | {"layers": "many"}}, "detector"),
+    "a step nobody knows": ({"steps": [{"kind": "eval"}, {"kind": "projection"}]}, "steps"),
+    "a step's tensor": ({"steps": [{"kind": "standardisation", "mean": 0}, {"kind": "projection"}]}, "mean"),
+    "fewer steps": ({"steps": [{"kind": "standardisation"}]}, "not the weights"),
+}
+
+
+@pytest.mark.parametrize("config", [*CONFIGS])
+def test_a_hostile_config_is_refused(folder, config):
+    wrong, text = CONFIGS[config]
+    change(folder, wrong)
+    with pytest.raises(DistFairError, match=text):
+        load_detector(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null", '{"format": 1}', "[" * 100_000, "\x00"])
+def test_a_config_that_is_none_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(DistFairError, match="not what `dist-fair export` writes"):
+        load_detector(folder)
+
+
+@pytest.mark.parametrize("tensors", [
+    {"detector.classifier.weight": torch.ones(2, 7)}, {"detector.classifier.bias": None}, {"further": torch.ones(3)},
+    {"steps.0.mean": torch.ones(1, 7)}, {"steps.0.mean": None}, {"steps.1.code": torch.ones(2)},
+    {"steps.1.basis": torch.ones(9, 5)},
+], ids=lambda tensors: next(iter(tensors)))  # fmt: skip
+def test_tensors_that_do_not_fit_are_refused(folder, tensors):
+    change(folder, **tensors)
+    with pytest.raises(DistFairError, match=str(folder)):
+        load_detector(folder)
+
+
+def test_an_export_is_there_as_a_whole_or_not(folder, tmp_path, monkeypatch):
+    other, replace = deployed(*trained("smooth")), os.replace
+    with pytest.raises(DistFairError, match="is there: choose another --out, or --replace it"):
+        exporting.write(folder, other)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def crash(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(DistFairError, match="could not be written: disk full"):
+            exporting.write(target, other, replace=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.undo()
+    exporting.write(folder, other, replace=True)
+    assert load_detector(folder).description.masked == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_an_exported_detector_is_replaced(folder, tmp_path):
+    other = deployed(*trained())
+    (folder / "thesis.tex").write_text("years of work")
+    for target in (folder, tmp_path, folder / "thesis.tex"):
+        with pytest.raises(DistFairError, match="is there and no exported detector"):
+            exporting.write(target, other, replace=True)
+    assert (folder / "thesis.tex").read_text() == "years of work"
