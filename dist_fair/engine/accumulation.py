@@ -10,7 +10,7 @@ from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError
 from dist_fair.recipe.schema import Recipe
 
-_WAYS = "detector.norm=frozen, or group norm (resnet50_gn; in ResNets +detector.arguments.norm_layer=groupnorm)"
+UNCOUNTED = "detector.norm=frozen, or group norm (resnet50_gn; in ResNets +detector.arguments.norm_layer=groupnorm)"
 
 
 def refuse_batch_statistics(recipe: Recipe, detector: nn.Module) -> None:
@@ -21,7 +21,7 @@ def refuse_batch_statistics(recipe: Recipe, detector: nn.Module) -> None:
     raise DistFairError(
         f"train.accumulate_exact=true: layer '{layers[0]}'{more} of detector.name={recipe.detector.name} has, with "
         f"detector.norm={recipe.detector.norm}, statistics of each smaller batch, so that {recipe.train.accumulate} of "
-        f"them are not one batch: {_WAYS}; or train.accumulate_exact=false"
+        f"them are not one batch: {UNCOUNTED}; or train.accumulate_exact=false"
     )
 
 
@@ -46,7 +46,7 @@ def accumulation_note(recipe: Recipe, module: TrainingModule) -> str | None:
     alone = recipe.optimizer.sam.scope != "global"  # each group of rows is a batch of its own, accumulated or not
     if train.accumulate == 1 or train.accumulate_exact or alone or not names:
         return None
-    ways = f", with {_WAYS}," if batch_statistics(module.detector) else ""
+    ways = f", with {UNCOUNTED}," if batch_statistics(module.detector) else ""
     return (
         f"train.accumulate={train.accumulate}: to {_listed(names)} each smaller batch of "
         f"{train.batch_size // train.accumulate} samples is a batch of its own, not a part of the step's "

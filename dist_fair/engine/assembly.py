@@ -17,6 +17,7 @@ from dist_fair.demographics import Groups
 from dist_fair.detectors import build_detector
 from dist_fair.engine import checkpoint
 from dist_fair.engine.accumulation import refuse_batch_statistics
+from dist_fair.engine.activations import checkpoint_activations
 from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError, nearest
 from dist_fair.interventions.base import Facts, Settings, build, registered
@@ -146,6 +147,7 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
                                 f"({', '.join(detector.offers) or 'it gives none'}): detector.name=pg_fdd does; or "
                                 "leave the intervention out")  # fmt: skip
     refuse_batch_statistics(recipe, detector)
+    checkpoint_activations(recipe, detector)
     torch.manual_seed(keyed.integer(recipe.seed, "interventions"))
     facts = Facts(plan.index, plan.frequencies, recipe.seed, steps, detector.channels, paired(plan))
     settings: dict[str, Settings] = recipe.interventions

@@ -8,6 +8,9 @@ from typing import Any
 from dist_fair.errors import DistFairError
 from dist_fair.recipe.schema import Recipe, Sam, Schedule, walk
 
+# Optimizers that step each element by itself and its own moments, whatever tensor it is part of.
+_ELEMENTWISE = ("sgd", "adam", "adamw")
+
 
 def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
     """Raises DistFairError for a value out of range, contradicting settings and settings without effect.
@@ -69,6 +72,7 @@ def _check_effect(recipe: Recipe, say: Callable[[str], str]) -> None:
     if recipe.schedule.name == "step" and recipe.schedule.every == 0:
         raise DistFairError(f"{say('schedule.every')}: a part of the run above 0, such as 0.3")
     _check_sam(recipe, say)
+    _check_backend(recipe, say)
     if recipe.optimizer.momentum is not None and "adam" in recipe.optimizer.name:
         raise DistFairError(f"{say('optimizer.momentum')} has no effect with {say('optimizer.name')}: set it to null; "
                             f"Adam's are optimizer.arguments={{betas: [0.9, 0.999]}}")  # fmt: skip
@@ -94,3 +98,30 @@ def _check_sam(recipe: Recipe, say: Callable[[str], str]) -> None:
     if sam.scope != "global" and recipe.train.accumulate_exact:
         raise DistFairError(f"{say('train.accumulate_exact')} has no effect with {say('optimizer.sam.scope')}: "
                             f"objectives see {sam.scope} samples at a time; leave one of the two out")  # fmt: skip
+
+
+def _check_backend(recipe: Recipe, say: Callable[[str], str]) -> None:
+    """What a backend that shares out tensors cannot do exactly."""
+    train, sam, backend = recipe.train, recipe.optimizer.sam, say("train.backend")
+    if train.backend == "ddp":
+        if train.offload:
+            raise DistFairError(f"{say('train.offload')} has no effect with {backend}: every rank holds everything; "
+                                "set train.backend to fsdp, zero1, zero2 or zero3")  # fmt: skip
+        return
+    if recipe.optimizer.name not in _ELEMENTWISE:
+        raise DistFairError(
+            f"{say('optimizer.name')}: with {backend} an optimizer sees parts of tensors; that it then takes the same "
+            f"step is known of {', '.join(_ELEMENTWISE)}: use one of these, or train.backend=ddp"
+        )
+    if train.backend != "fsdp" and train.precision == "fp64":
+        raise DistFairError(f"{say('train.precision')}: {backend} keeps weights and moments in fp32; "
+                            "set train.backend to ddp or fsdp")  # fmt: skip
+    if sam.rho is not None and train.backend != "fsdp":
+        raise DistFairError(f"{say('optimizer.sam.rho')}: {backend} hands out gradients to be stepped with, not to "
+                            "climb by; set train.backend to ddp or fsdp, or optimizer.sam.rho=null")  # fmt: skip
+    if sam.scope != "global":
+        raise DistFairError(f"{say('optimizer.sam.scope')}: {backend} has no rank that climbs on its own; set "
+                            "train.backend=ddp, or optimizer.sam.scope=global")  # fmt: skip
+    if sam.rho is not None and train.offload:
+        raise DistFairError(f"{say('train.offload')}: with {say('optimizer.sam.rho')} the weights move twice a step; "
+                            "leave one of the two out")  # fmt: skip

@@ -41,7 +41,7 @@ ARGUMENTS = [
     # wrong values
     (["recipe=erm", "train.precision=fp16"], "train.precision=fp16 (command line): one of fp32, bf16"),
     (["recipe=erm", "detector.norm=sync"], "one of synced, local, frozen"),
-    (["recipe=erm", "train.backend=fsdp"], "one of ddp"),
+    (["recipe=erm", "train.backend=zero4"], "one of ddp, fsdp, zero1, zero2, zero3"),
     (["recipe=erm", "schedule.name=linear"], "one of constant, cosine, step"),
     (["recipe=erm", "data.bad_samples=skip"], "one of fail, substitute"),
     (["recipe=erm", "wandb.mode=on"], "one of auto, online"),

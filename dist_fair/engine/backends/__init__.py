@@ -4,6 +4,7 @@ from accelerate import Accelerator
 
 from dist_fair.engine.backends.base import Backend, MakeOptimizer
 from dist_fair.engine.module import TrainingModule
+from dist_fair.errors import DistFairError
 from dist_fair.recipe.schema import Train
 
 __all__ = ["Backend", "make_backend"]
@@ -12,7 +13,20 @@ __all__ = ["Backend", "make_backend"]
 def make_backend(
     train: Train, module: TrainingModule, make_optimizer: MakeOptimizer, accelerator: Accelerator
 ) -> Backend:
-    """The backend `train.backend` over a module on its device. Raises DistFairError for what it cannot do exactly."""
+    """The backend `train.backend` over a module on its device; called on all ranks together.
+
+    Raises DistFairError for what it cannot do exactly, and if it did not become what was asked for.
+    """
+    if train.offload and accelerator.device.type == "cpu":
+        raise DistFairError("train.offload=true has no effect: everything is on the CPU here; leave it out")
+    if train.backend == "fsdp":
+        from dist_fair.engine.backends.fsdp import Fsdp
+
+        return Fsdp(module, make_optimizer, accelerator, train.offload)
+    if train.backend.startswith("zero"):
+        from dist_fair.engine.backends.zero import Zero
+
+        return Zero(module, make_optimizer, accelerator, int(train.backend[-1]), train.offload)
     from dist_fair.engine.backends.ddp import Ddp
 
     return Ddp(module, make_optimizer, accelerator)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint
-from dist_fair.engine.backends.base import Backend, MakeOptimizer, Tensors
+from dist_fair.engine.backends.base import Backend, MakeOptimizer, Tensors, refuse_misfit
 from dist_fair.engine.module import Losses, TrainingModule
 
 
@@ -41,6 +41,8 @@ class Ddp(Backend):
         return {"model": model, "optimizer": checkpoint.optimizer_tensors(self.module, self.optimizer, owned)}
 
     def load(self, model: Tensors, optimizer: Tensors, source: Path) -> None:
+        trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        refuse_misfit(self.module.state_dict(), trained, model, optimizer, source)
         checkpoint.load_model(self.module, model, source)
         checkpoint.load_optimizer(self.module, self.optimizer, optimizer)
 
