@@ -13,12 +13,13 @@ VERBS = {
     "evaluate": "score data sets with trained detectors; tables and pictures of utility and fairness",
     "ablate": "train a recipe with and without its interventions, over seeds; one table",
     "ace": "does fairness cause generalisation? plain against fair training, by group and capacity",
+    "checkpoint": "what is in a checkpoint, and in what two of them differ",
     "shards": "build, index and inspect data sets; draw the demo faces",
     "recipes": "list recipes, show one with where each value comes from",
 }
 
 USAGE = "usage: dist-fair VERB [...]\n\nverbs:\n" + "".join(
-    f"  {verb:10}{text}\n" for verb, text in VERBS.items()
+    f"  {verb:12}{text}\n" for verb, text in VERBS.items()
 ) + "\n`dist-fair VERB --help` tells more.\n\nexit codes:\n" + "".join(
     f"  {code:<10}{code.meaning}\n" for code in Exit
 ) + f"""

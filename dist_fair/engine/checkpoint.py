@@ -33,7 +33,7 @@ LARGEST = 2**28  # bytes of state.json that are read; a million tensors need hal
 Tensors = dict[str, torch.Tensor]
 
 _FILE = re.compile(r"(model|optimizer)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-(\d{8,})|\.step-(\d{8,})\.replaced")
 
 
 class DamagedError(DistFairError):
@@ -58,6 +58,7 @@ class Checkpoint:
     """
 
     folder: Path
+    format: int
     step: int
     recipe: dict
     values: dict
@@ -127,7 +128,7 @@ def look(folder: Path) -> Checkpoint:
             raise ValueError(f"{str(step)[:20]} is no step")
         if not all(isinstance(one, dict) for one in (recipe, values, writer)):
             raise ValueError("recipe, values and writer are not objects")
-        return Checkpoint(folder, step, recipe, values, writer, _files(state))
+        return Checkpoint(folder, state["format"], step, recipe, values, writer, _files(state))
     except KeyError as error:
         raise DamagedError(f"{folder} is no checkpoint of dist_fair: state.json lacks {str(error)[:80]}") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -172,8 +173,12 @@ def _files(state: Mapping) -> dict[str, File]:
 
 def complete(root: Path) -> list[Path]:
     """The complete checkpoints below `root`, oldest first. Other folders, such as a person's copies, are no matter."""
-    found = {path: match for path in root.glob("step-*") if (match := _STEP.fullmatch(path.name))}
-    return sorted((path for path in found if (path / "state.json").is_file()), key=lambda path: int(found[path][1]))
+    found = {}
+    # The old one of a step that was killed between the renames of `commit` goes first, and is replaced by a new one.
+    for path in [*root.glob(".step-*.replaced"), *root.glob("step-*")]:
+        if (match := _STEP.fullmatch(path.name)) and (path / "state.json").is_file():
+            found[int(match[1] or match[2])] = path
+    return [found[step] for step in sorted(found)]
 
 
 def newest(root: Path) -> Path | None:

@@ -80,7 +80,7 @@ def commit(root: Path, state: Mapping, files: Mapping[str, Mapping]) -> Path:
     (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
     fsync(folder / "state.json")
     fsync(folder)
-    # Between the two renames this step has no checkpoint: an older one is there, from which the run came here again.
+    # Between the two renames this step has no checkpoint of its name: `complete` then finds the replaced one.
     replaced = root / f".{target.name}.replaced"
     if target.exists():
         os.replace(target, replaced)
@@ -136,10 +136,10 @@ def prune(root: Path, step: int, keep: int, best: Best | None = None) -> None:
     else:
         (root / BEST).unlink(missing_ok=True)
     for folder in there:
-        if folder not in stay:
+        if folder not in stay and not folder.name.startswith("."):
             # Renamed first: a removal that is cut short must not leave half a checkpoint under a final name.
             os.replace(folder, root / f".{folder.name}.pruned")
-    for rest in root.glob(".step-*"):
+    for rest in {*root.glob(".step-*")} - stay:
         shutil.rmtree(rest, ignore_errors=True)
 
 

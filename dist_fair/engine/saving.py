@@ -67,6 +67,7 @@ class Saver:
         self._step: int | None = None  # whose checkpoint is in flight
         self._state: dict | None = None  # of a dealt one, until all ranks' files are written
         self._job: Future | None = None  # what this rank's thread does for it
+        self._writes = False  # whether this rank has files of it
 
     def save(self, step: int, backend: Backend, values: Mapping[str, object] | None = None) -> dict[str, object]:
         """Begins the checkpoint of a step; returns how long training stood still for it, to be logged.
@@ -83,7 +84,7 @@ class Saver:
         parts = backend.state(lambda name: shards.get(name, 0) == own)
         state = {"step": step, "recipe": self.recipe, "values": _numbers(values or {}),
                  "writer": {"backend": backend.name, "ranks": self.comm.world}}  # fmt: skip
-        self._step = step
+        self._step, self._writes = step, own is not None
         if count > 1:
             self._begin(parts, state, own, count)
         elif own is not None:
@@ -127,13 +128,13 @@ class Saver:
         cause = self._job.exception() if self._job else None
         given = self._job.result() if self._job and not cause else None
         told = self.comm.objects([given, cause and _described(cause)], "checkpoint")
-        wrote, self._job = self._job, None
+        self._job = None
         failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(told) if failure]
         if not failures:
             return [given for given, _ in told]
         target = self.folder / checkpoint.name_of(self._step)
         self._step = self._state = None
-        if wrote:
+        if self._writes:
             shutil.rmtree(checkpoint_writing.aside(target), ignore_errors=True)
         if cause and not isinstance(cause, OSError | DistFairError):
             raise cause
