@@ -12,6 +12,7 @@ VERBS = {
     "train": "train a recipe on this machine's or this job's ranks",
     "evaluate": "score data sets with trained detectors; tables and pictures of utility and fairness",
     "ablate": "train a recipe with and without its interventions, over seeds; one table",
+    "sweep": "train a grid of settings and seeds, here or on Slurm; a leaderboard with its Pareto front",
     "ace": "does fairness cause generalisation? plain against fair training, by group and capacity",
     "checkpoint": "what is in a checkpoint, and in what two of them differ",
     "shards": "build, index and inspect data sets; draw the demo faces",

@@ -20,7 +20,7 @@ from pathlib import Path
 from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import dataset_names, total_steps, training_index, training_plan
 from dist_fair.engine.run_folder import RunFolder
-from dist_fair.errors import DistFairError
+from dist_fair.errors import DistFairError, Preempted
 from dist_fair.recipe.composition import load
 from dist_fair.recipe.resolved import Resolved
 from dist_fair.recipes import interventions
@@ -108,8 +108,8 @@ def train_missing(runs: Sequence[Run], jobs: int = 1, ranks: int = 1) -> list[Fa
 
     Each rank has one thread, unless OMP_NUM_THREADS says otherwise. Before the first starts, every recipe is resolved
     and every folder looked at. A run that fails does not stop the others.
-    Raises DistFairError if something is wrong before the start; KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, when
-    the runs started here are stopped.
+    Raises DistFairError if something is wrong before the start; `stopped` on signals, when the runs started here are
+    stopped too.
     """
     for key, value in (("jobs", jobs), ("ranks", ranks)):
         if value < 1:
@@ -230,7 +230,7 @@ def _train(waiting: deque[Run], total: int, jobs: int, ranks: int) -> list[Failu
                     progress.step(running=len(running), failed=len(failures))
                 time.sleep(POLL)
                 if received:
-                    raise KeyboardInterrupt
+                    raise stopped(received[0])
         finally:
             _stop([process for process, _ in running.values()])
     return failures
@@ -251,13 +251,13 @@ def _start(run: Run, ranks: int) -> subprocess.Popen:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP are kept in a list, to be seen between two starts and not in the middle of one.
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 are kept in a list, to be seen between two starts, not in the middle of one.
 
     What was ignored before (nohup) stays ignored.
     """
     received, before = [], {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, lambda signum, _: received.append(signum))
     try:
@@ -265,6 +265,13 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stopped(number: int) -> BaseException:
+    """What a study raises that was told to stop: SIGUSR1 comes from slurm/sweep.sh, whose job then goes on later."""
+    if number == signal.SIGUSR1:
+        return Preempted("the study was stopped by SIGUSR1")
+    return KeyboardInterrupt()
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
