@@ -17,9 +17,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3", "n4")
@@ -27,6 +28,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 # Debian's daemons lie where a plain user's PATH does not look.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+# What the tests' own environment must not tell the jobs.
+FOREIGN = ("SLURM_", "SBATCH_", "DIST_FAIR_", "OMP_NUM_THREADS", "RANK", "VIRTUAL_ENV", "MASTER_", "WORLD_SIZE")
 
 CONFIG = """
 ClusterName=test
@@ -36,7 +39,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -81,16 +84,19 @@ def missing() -> str:
 
 
 class Cluster:
-    """A running cluster. Everything it started, jobs' processes too, is gone when its context ends."""
+    """A running cluster. Everything it started, jobs' processes too, is gone when its context ends, or its process."""
 
     def __init__(self, kill_wait: int = 5):
         """kill_wait: seconds from a job's SIGTERM to its SIGKILL."""
         self.kill_wait = kill_wait
         self._daemons: dict[str, subprocess.Popen] = {}
+        self._hurried: set[tuple[int, str]] = set()
 
     def __enter__(self) -> "Cluster":
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has at most 107 characters
-        outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self._guard = subprocess.Popen([sys.executable, "-S", __file__, str(self.folder)], stdin=subprocess.PIPE,
+                                       start_new_session=True)  # fmt: skip
+        outer = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         self.environment = outer | {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
         try:
             self._configure()
@@ -121,15 +127,18 @@ class Cluster:
 
     def job(self, number: int) -> dict[str, str]:
         """What scontrol says of a job, by field."""
-        told = self.run("scontrol", "-o", "show", "job", str(number))
-        return dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", told))
+        return self._jobs()[number]
 
     def wait(self, number: int, *states: str, timeout: float = 120) -> dict[str, str]:
-        """The job's fields once it is in one of the states. Raises where it ends in another one or is late."""
+        """The job's fields once it is in one of the states. Raises where it ends in another one or is late.
+
+        Jobs that were requeued meanwhile start again after 2 s.
+        """
 
         def there() -> dict[str, str] | None:
-            job = self.job(number)
-            if job["JobState"] in states:
+            jobs = self._jobs()
+            self._hurry(jobs)
+            if (job := jobs[number])["JobState"] in states:
                 return job
             if job["JobState"] in ENDED:
                 raise AssertionError(f"job {number} is {job['JobState']}, {job['ExitCode']}\n{self._said(job)}")
@@ -147,24 +156,26 @@ class Cluster:
             time.sleep(0.1)
         return answer
 
-    def start_now(self, number: int, timeout: float = 60) -> None:
-        """Lets a requeued job start in 2 s: Slurm waits for its credential to expire, and refuses the same second."""
-
-        def updated() -> bool:
-            if self.job(number)["JobState"] != "PENDING":
-                return False
-            self.run("scontrol", "update", f"jobid={number}", "starttime=now+2")
-            return True
-
-        self.until(updated, f"job {number} to be requeued", timeout, number)
-
     def ranks(self, number: int) -> dict[int, int]:
         """Process number by rank of a job's training processes that run now."""
         found: dict[int, int] = {}
-        for process, environment in sorted(self._processes(), reverse=True):
+        for process, environment in sorted(processes(self.folder), reverse=True):
             if environment.get("SLURM_JOB_ID") == str(number) and environment.get("RANK", "").isdigit():
                 found[int(environment["RANK"])] = process  # a rank's loaders have its environment, and larger numbers
         return found
+
+    def _jobs(self) -> dict[int, dict[str, str]]:
+        told = self.run("scontrol", "-o", "show", "jobs").splitlines()
+        jobs = [dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", line)) for line in told]
+        return {int(job["JobId"]): job for job in jobs if "JobId" in job}
+
+    def _hurry(self, jobs: dict[int, dict[str, str]]) -> None:
+        """By itself Slurm waits until a requeued job's credential expires; in the same second it would refuse it."""
+        for number, job in jobs.items():
+            start = number, job["Restarts"]
+            if job["JobState"] == "PENDING" and job["Restarts"] != "0" and start not in self._hurried:
+                self.run("scontrol", "update", f"jobid={number}", "starttime=now+2")
+                self._hurried.add(start)
 
     @staticmethod
     def _said(job: dict[str, str]) -> str:
@@ -175,22 +186,34 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Starts a node's daemon, again where it was killed."""
-        self._spawn(node, "slurmd", "-D", "-N", node)
+        self._spawn(node, "slurmd", "-D", "-N", node, SLURMD_NODENAME=node)
 
     def kill_node(self, node: str) -> None:
-        """Kills a node's daemon and all that runs on it, as a power cut would."""
+        """Kills a node's daemon and all that runs on it, as a power cut would. Slurm notices within 26 s."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        for process, environment in self._processes():
+        for process, environment in sorted(processes(self.folder)):  # a step's daemon before its tasks
             if environment.get("SLURMD_NODENAME") == node:
                 _kill(process)
 
+    def restore(self) -> None:
+        """Brings all nodes back into service."""
+        for node in NODES:
+            if self._daemons[node].poll() is not None:
+                self.start_node(node)
+        for node in self._nodes("down"):
+            self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        self.until(lambda: not self._nodes("down"), "all nodes to be up")
+
+    def _nodes(self, state: str) -> set[str]:
+        return set(self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N").split())
+
     def _configure(self) -> None:
         port = _free_ports(1 + len(NODES))
-        (self.folder / "state").mkdir()
-        gpus = [self.folder / f"gpu{number}" for number in range(4)]
-        for gpu in gpus:
-            gpu.touch()
+        for name in ("state", *(f"spool.{node}" for node in NODES)):
+            (self.folder / name).mkdir()
+        for number in range(4):
+            (self.folder / f"gpu{number}").touch()
         # Two clusters on one machine have different job numbers, hence different ports of their runs.
         (self.folder / "slurm.conf").write_text(CONFIG.lstrip().format(
             host=socket.gethostname().split(".")[0], port=port, node_ports=f"{port + 1}-{port + len(NODES)}",
@@ -217,42 +240,45 @@ class Cluster:
             if daemon.poll() is not None:
                 raise RuntimeError(f"{name} ended with {daemon.returncode}:\n{self._log(name)}")
         with contextlib.suppress(RuntimeError):  # slurmctld does not listen yet
-            return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", "-p", "main").split()) == len(NODES)
+            return self._nodes("idle") == {*NODES}
         return False
 
-    def _spawn(self, name: str, program: str, *arguments: str) -> None:
+    def _spawn(self, name: str, program: str, *arguments: str, **environment: str) -> None:
         with open(self.folder / f"{name}.out", "a") as out:
             self._daemons[name] = subprocess.Popen([shutil.which(program, path=PATH), *arguments], stdout=out,
-                                                   stderr=out, env=self.environment, cwd=self.folder,
+                                                   stderr=out, env=self.environment | environment,
+                                                   cwd=self.folder,
                                                    start_new_session=True)  # fmt: skip
 
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text()[-3000:]
 
     def _stop(self) -> None:
-        with contextlib.suppress(Exception):
-            jobs = self.run("squeue", "-h", "-o", "%A").split()
-            if jobs:
-                self.run("scancel", "--signal=KILL", "--full", *jobs)
-                self.run("scancel", *jobs)
-                self.until(lambda: not self.run("squeue", "-h").strip(), "an empty queue", 10)
-        for daemon in reversed(self._daemons.values()):
-            daemon.kill()
-            daemon.wait()
-        for process, _ in self._processes():
-            _kill(process)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._guard.stdin.close()
+        for process in (self._guard, *self._daemons.values()):
+            process.wait()
 
-    def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Process number and environment of everything that was started in this cluster."""
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                words = path.read_bytes().decode(errors="replace").split("\0")
-            except OSError:
-                continue
+
+def processes(folder: Path) -> list[tuple[int, dict[str, str]]]:
+    """Number and environment of every process that was started in the cluster of a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
             environment = dict(word.split("=", 1) for word in words if "=" in word)
-            if environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
-                yield int(path.parent.name), environment
+            if environment.get("SLURM_CONF") == f"{folder}/slurm.conf":
+                found.append((int(path.parent.name), environment))
+    return found
+
+
+def clear(folder: Path) -> None:
+    """Kills what was started in the cluster of a folder, and removes the folder."""
+    deadline = time.monotonic() + 10
+    while (found := processes(folder)) and time.monotonic() < deadline:
+        for process, _ in found:
+            _kill(process)
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill(process: int) -> None:
@@ -269,3 +295,8 @@ def _free_ports(count: int) -> int:
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
     raise RuntimeError(f"no {count} neighbouring free ports")
+
+
+if __name__ == "__main__":  # the guard: waits until whoever started the cluster has no more use for it, or is no more
+    sys.stdin.read()
+    clear(Path(sys.argv[1]))
