@@ -11,6 +11,8 @@ from dist_fair.errors import DistFairError, Exit, Preempted, nearest
 VERBS = {
     "train": "train a recipe on this machine's or this job's ranks",
     "evaluate": "score data sets with trained detectors; tables and pictures of utility and fairness",
+    "export": "a trained detector as a folder that scores images without recipe, data or demographics",
+    "predict": "score images with a trained detector",
     "ablate": "train a recipe with and without its interventions, over seeds; one table",
     "sweep": "train a grid of settings and seeds, here or on Slurm; a leaderboard with its Pareto front",
     "ace": "does fairness cause generalisation? plain against fair training, by group and capacity",
