@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dist_fair.collectives import Communicator
-from dist_fair.data.index import Index
+from dist_fair.data.index import Index, Shard
 from dist_fair.data.node_copy import NodeCopy, ShardFolder, State
 from dist_fair.errors import DistFairError
 
@@ -68,7 +68,7 @@ class Staging:
         self.indexes, self.comm, self._copy = indexes, comm, None
         with self._agreed():
             self.root = local_folder(stage_to)
-            self._folders = _folders(self.root, indexes, rows or [None] * len(indexes))
+            self._folders = shard_folders(self.root, indexes, rows or [None] * len(indexes))
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 self._copy = NodeCopy(self.root, self._folders)
                 self._copy.check_space()
@@ -132,7 +132,7 @@ class Staging:
             raise error
 
 
-def _folders(root: Path, indexes: Sequence[Index], rows: Sequence[np.ndarray | None]) -> list[ShardFolder]:
+def shard_folders(root: Path, indexes: Sequence[Index], rows: Sequence[np.ndarray | None]) -> list[ShardFolder]:
     """The folders of all indexes, each once, with the shards that hold any of the rows."""
     folders: dict[Path, ShardFolder] = {}
     for index, chosen in zip(indexes, rows, strict=True):
@@ -149,7 +149,12 @@ def _targets(root: Path, index: Index) -> list[Path]:
     targets = []
     for number, name in enumerate(index.names):
         shards = [shard for shard, folder in zip(index.shards, index.shard_folders, strict=True) if folder == number]
-        text = "\n".join(f"{shard.path} {shard.size} {shard.checksum}" for shard in shards)
         plain = re.sub(r"[^\w-]+", "-", name).strip("-") or "shards"
-        targets.append(root / f"{plain}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}")
+        targets.append(root / f"{plain}-{fingerprint(shards)}")
     return targets
+
+
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """16 hexadecimal digits of names, sizes and checksums: with the same ones, two folders hold the same bytes."""
+    text = "\n".join(f"{shard.path} {shard.size} {shard.checksum}" for shard in shards)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

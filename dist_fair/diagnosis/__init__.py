@@ -1,0 +1,1 @@
+"""What `dist-fair doctor` looks at. A check is a function from `Site` to verdicts, listed in `examination.CHECKS`."""
