@@ -18,6 +18,7 @@ VERBS = {
     "ace": "does fairness cause generalisation? plain against fair training, by group and capacity",
     "checkpoint": "what is in a checkpoint, and in what two of them differ",
     "shards": "build, index and inspect data sets; draw the demo faces",
+    "doctor": "what a run needs of this machine or cluster, looked at on every rank, a verdict per line",
     "recipes": "list recipes, show one with where each value comes from",
 }
 
