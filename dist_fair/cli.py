@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from dist_fair.engine.invocation import SILENCE
 from dist_fair.engine.preemption import GRACE
-from dist_fair.errors import DistFairError, Exit, Preempted, nearest
+from dist_fair.errors import DistFairError, Exit, Preempted, RankLost, nearest
 
 VERBS = {
     "train": "train a recipe on this machine's or this job's ranks",
@@ -29,6 +30,7 @@ USAGE = "usage: dist-fair VERB [...]\n\nverbs:\n" + "".join(
 ) + f"""
 environment:
   DIST_FAIR_GRACE    seconds from SIGUSR1, SIGUSR2 or SIGTERM until a rank that hangs is forced out: {GRACE:g}
+  DIST_FAIR_SILENCE  seconds without a heartbeat until a rank counts as lost: {SILENCE:g}; 0: no heartbeats
 """  # fmt: skip
 
 
@@ -64,6 +66,10 @@ def guarded(verb: Callable[[list[str]], int], arguments: Sequence[str] | None = 
         if rank == 0:
             print(f"{stopped}; the same command goes on", file=sys.stderr, flush=True)
         return Exit.PREEMPTED
+    except RankLost as lost:
+        print(f"{lost}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(Exit.RANK_LOST)  # what torch does when it ends may wait for the lost rank
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Exit.INTERRUPTED

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_fair.cli import guarded
-from dist_fair.engine.preemption import Preemption
+from dist_fair.engine.invocation import Invocation
 from dist_fair.errors import DistFairError, on_all_ranks
 
 
@@ -28,12 +28,12 @@ def main(arguments: list[str]) -> int:
     if options.ranks is not None:
         options.words += [f"--out={options.out}"] if options.out else []
         return launch_ranks("evaluate", options.ranks, options.words)
-    with Preemption() as preemption:
-        return _evaluate(options, sources, overrides, preemption)
+    with Invocation() as invocation:
+        return _evaluate(options, sources, overrides, invocation)
 
 
 def _evaluate(
-    options: argparse.Namespace, sources: Sequence[str], overrides: Sequence[str], preemption: Preemption
+    options: argparse.Namespace, sources: Sequence[str], overrides: Sequence[str], invocation: Invocation
 ) -> int:
     from dist_fair.engine.launch import check_world
 
@@ -51,7 +51,7 @@ def _evaluate(
         work = [_read(run, checkpoint.name, overrides, out)
                 for run, checkpoint, out in zip(runs, found, outs, strict=True)]  # fmt: skip
     for (resolved, folder), checkpoint in zip(work, found, strict=True):
-        session = Session(resolved, folder, preemption)
+        session = Session(resolved, folder, invocation)
         session.load(checkpoint)
         session.evaluate(session.tests(), checkpoint.name)
     return _draw(runs, options.out) if session.leader and len(found) > 1 else 0

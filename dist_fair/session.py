@@ -15,8 +15,8 @@ from dist_fair.data.reading import Reader, counts_by_group
 from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import assemble, evaluation_indexes, prepare_demo, vocabulary
 from dist_fair.engine.evaluation import evaluate_all
+from dist_fair.engine.invocation import Invocation
 from dist_fair.engine.launch import accelerator
-from dist_fair.engine.preemption import Preemption
 from dist_fair.engine.reconstructions import reconstructions
 from dist_fair.engine.run_folder import RunFolder
 from dist_fair.errors import on_all_ranks
@@ -35,16 +35,16 @@ def origin(resolved: Resolved, source: str) -> dict[str, str]:
 class Session:
     """Detector, interventions and data of a recipe on this rank. Making one checks them and writes nothing.
 
-    preemption: who may ask it to stop.
+    invocation: the start of the program that this is a part of.
     """
 
-    def __init__(self, resolved: Resolved, folder: RunFolder, preemption: Preemption | None = None):
+    def __init__(self, resolved: Resolved, folder: RunFolder, invocation: Invocation | None = None):
         self.resolved, self.recipe, self.folder = resolved, resolved.recipe, folder
-        self.preemption = preemption or Preemption()
+        self.invocation = invocation or Invocation()
         with on_all_ranks():
             self.accelerator = accelerator()
         self.comm, self.device = Communicator(), self.accelerator.device
-        self.preemption.whereabouts = self.comm.__str__
+        self.invocation.connect(self.comm)
         prepare_demo(self.recipe.data, self.comm)
         with on_all_ranks():
             self.parts = assemble(self.recipe, self.comm)
@@ -74,6 +74,7 @@ class Session:
         source: the name of the checkpoint whose weights these are. Raises Preempted, on every rank, where it was asked
         to stop: evaluation.json is as it was.
         """
+        self._hold("evaluated")
         self.comm.place = "evaluation"
         total, bootstrap = sum(len(index) for index in tests.values()), self.recipe.evaluation.bootstrap
         with Progress(total, "evaluate", self.leader, self.recipe.log.every, unit="samples") as progress:
@@ -84,6 +85,11 @@ class Session:
             say(evaluation_table(reports))
             self._write_up(tests)
         return reports
+
+    def _hold(self, doing: str) -> None:
+        """Keeps other jobs out of the run folder. Raises DistFairError, on every rank, where one is at work in it."""
+        if warning := self.invocation.hold(self.folder.path, doing, self.comm):
+            say(f"warning: {warning}")
 
     def _write_up(self, tests: Mapping[str, Index]) -> None:
         """Tables and figures. The numbers are on disk by now: a failure here must not end the run."""
@@ -107,7 +113,7 @@ class Session:
     def _test_batches(self, index: Index) -> Iterator[Batch]:
         loader = evaluation_loader(self._reader(index), self.recipe.evaluation.batch_size, self.comm.rank,
                                    self.comm.world, self.recipe.data.workers, self.device)  # fmt: skip
-        yield from self.preemption.between(self._on_device(loader), self.comm)
+        yield from self.invocation.preemption.between(self._on_device(loader), self.comm)
         self._report_bad(loader, index, "they were left out of the evaluation")
 
     def _on_device(self, loader: Loader) -> Iterator[Batch]:

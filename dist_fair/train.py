@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from dist_fair.cli import guarded
-from dist_fair.engine.preemption import Preemption
+from dist_fair.engine.invocation import Invocation
 from dist_fair.errors import Exit, on_all_ranks
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 
     if options.ranks is not None:
         return launch_ranks("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
-    with Preemption() as preemption:
+    with Invocation() as invocation:
         from dist_fair.recipe.composition import load
         from dist_fair.recipes import interventions
 
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         check_world("train", resolved.recipe.train.ranks)
         from dist_fair.training import Training
 
-        training = Training(resolved, preemption)
+        training = Training(resolved, invocation)
         if not options.dry_run:
             training.run()
         elif training.leader:

@@ -14,9 +14,9 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.accumulation import accumulation_note
 from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.backends import make_backend
+from dist_fair.engine.invocation import Invocation
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
-from dist_fair.engine.preemption import Preemption
 from dist_fair.engine.run_folder import MetricsLog, RunFolder, few
 from dist_fair.engine.saving import Saver
 from dist_fair.engine.sharpness import refuse_inexact_sam
@@ -32,10 +32,10 @@ from dist_fair.session import Session
 class Training(Session):
     """One invocation of a run. Making one checks everything that can be refused, and writes nothing."""
 
-    def __init__(self, resolved: Resolved, preemption: Preemption | None = None):
+    def __init__(self, resolved: Resolved, invocation: Invocation | None = None):
         with on_all_ranks():
-            self.start = claim(RunFolder(resolved.recipe.out), resolved)
-        super().__init__(resolved, RunFolder(resolved.recipe.out), preemption)
+            self.start, self.faults = claim(RunFolder(resolved.recipe.out), resolved)
+        super().__init__(resolved, RunFolder(resolved.recipe.out), invocation)
         self.reader = self._reader(self.parts.index)
         with on_all_ranks():
             self.reader.check(self.parts.plan.samples)
@@ -45,6 +45,7 @@ class Training(Session):
 
     def run(self) -> None:
         """Trains; evaluates if the run's last step is done and the recipe wants it. W&B sees both."""
+        self._take_folder()
         wandb = self._wandb()
         try:
             if self.train(wandb) and self.planned_tests:
@@ -59,10 +60,6 @@ class Training(Session):
     def train(self, wandb: WandbLog) -> bool:
         """Trains from the checkpoint found or from the start. True if the run's last step is done."""
         trainer = self._trainer()
-        self.comm.barrier("claimed")
-        if self.leader:
-            self.folder.begin(self.resolved.yaml())
-            self.folder.rewind(trainer.step)
         scoring = Scoring(self.reader, self.comm.rank, self.comm.world, self.device, self.recipe.data.mean,
                           self.recipe.data.std, self.parts.plan.samples)  # fmt: skip
         if trainer.step < trainer.rhythm.stop:
@@ -101,6 +98,19 @@ class Training(Session):
         note = accumulation_note(self.recipe, self.module)
         return [f"warning: {note}"] if note else []
 
+    def _take_folder(self) -> None:
+        """From here on nobody else writes into it; who did until now may have left a newer checkpoint."""
+        self._hold("trained")
+        with on_all_ranks():
+            if self.start is None or checkpoint.newest(self.folder.checkpoints) != self.start.folder:
+                self.start, self.faults = claim(self.folder, self.resolved)
+            checkpoint.agree(self.start, self.comm)
+        for fault in self.faults:
+            say(f"warning: {fault}; going on from {self.start.folder.name}", self.leader)
+        if self.leader:
+            self.folder.begin(self.resolved.yaml())
+            self.folder.rewind(self.start.step if self.start else 0)
+
     def _trainer(self) -> Trainer:
         recipe, steps = self.recipe, self.parts.steps
         begun = self.start.step if self.start else 0
@@ -117,9 +127,9 @@ class Training(Session):
             rhythm,
             sam=recipe.optimizer.sam,
             seed=recipe.seed,
-            saver=Saver(self.folder.checkpoints, self.resolved.trajectory(), self.comm, saved.keep),
+            saver=Saver(self.folder.checkpoints, self.resolved.trajectory(), self.comm, saved.keep, saved.criterion()),
             describe=self.parts.index.place,
-            preemption=self.preemption,
+            preemption=self.invocation.preemption,
         )
         if self.start:
             with on_all_ranks():
@@ -150,6 +160,7 @@ class Training(Session):
         with Progress(trainer.rhythm.stop, "train", True, self.recipe.log.every, trainer.step) as progress:
 
             def observe(step: int, values: Mapping[str, object]) -> None:
+                self.invocation.check()
                 log.write({"step": step, **values})
                 wandb.log(values, step)
                 progress.step(loss=values["loss"], lr=values["learning_rate"],
@@ -164,18 +175,23 @@ class Training(Session):
                 log.close()
 
 
-def claim(folder: RunFolder, resolved: Resolved) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, or None; raises DistFairError where the folder belongs to something else."""
+def claim(folder: RunFolder, resolved: Resolved) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, or None, and what is wrong with newer ones.
+
+    Raises DistFairError where the folder belongs to something else, or no checkpoint in it is whole.
+    """
     out, resume = f"out={folder.path}", resolved.recipe.resume
     folder.refuse_other_recipe(resolved, interventions(), out, "choose another out=")
     newest = checkpoint.newest(folder.checkpoints)
     if resume == "never" and newest is not None:
         raise DistFairError(f"resume=never, but {out} has {newest.name}: choose another out=, or resume=auto")
-    source = newest if resume in ("auto", "never") else checkpoint.find(Path(resume))
-    if source is None:
-        return None
-    found = checkpoint.read(source)
+    if resume in ("auto", "never"):
+        found, faults = checkpoint.newest_undamaged(folder.checkpoints)
+    else:
+        found, faults = checkpoint.read(checkpoint.find(Path(resume))), []
+    if found is None:
+        return None, []
     if changed := differences(found.recipe, resolved.trajectory()):
-        raise DistFairError(f"{source} is a checkpoint of another recipe (then, now): {few(changed)}: to start "
+        raise DistFairError(f"{found.folder} is a checkpoint of another recipe (then, now): {few(changed)}: to start "
                             "from its weights, set detector.init_from")  # fmt: skip
-    return found
+    return found, faults

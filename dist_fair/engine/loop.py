@@ -96,20 +96,21 @@ class Trainer:
         stream = iter(batches(self.step * accumulate, self.rhythm.stop * accumulate))
         self.module.train()
         self.comm.drain()
-        stall: Values = {}
+        values, stall = {}, {}
         while self.step < self.rhythm.stop:
             self.comm.place = f"step {self.step}"
             try:
                 self.preemption.check(self.comm)
                 changes = self._restructure(scoring)
             except Preempted as asked:
-                raise Preempted(f"{asked}; {self._keep()}") from None
+                raise Preempted(f"{asked}; {self._keep(values)}") from None
             values = self._step(stream) | changes | stall
             # Told before it is saved: a run killed in between resumes from before this step and tells it again.
             for observer in observers:
                 observer(self.step, values)
             self.step += 1
-            stall = self._save() if self._due() else {}
+            stall = self._save(values) if self._due() else {}
+            self.saver.poll()
         self.saver.finish()
 
     def _step(self, stream: Iterator[Batch]) -> Values:
@@ -200,15 +201,15 @@ class Trainer:
             raise stopped
         return {"restructured": found}
 
-    def _save(self) -> Values:
+    def _save(self, values: Values) -> Values:
         self.saved = self.step
-        return self.saver.save(self.step, self.backend)
+        return self.saver.save(self.step, self.backend, values)
 
-    def _keep(self) -> str:
+    def _keep(self, values: Values) -> str:
         """Sees that the present state is on disk before any rank leaves; says so."""
         new = self.step > self.saved
         if new:
-            self._save()
+            self._save(values)
         self.saver.finish()
         self.comm.barrier("stopped")  # whoever ends a job ends it all with its first rank
         return "checkpointed" if new or self.saved else "nothing was trained yet"

@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from dist_fair.engine import run_lock
 from dist_fair.errors import DistFairError
 from dist_fair.recipe.resolved import Resolved, differences
 
@@ -119,7 +120,7 @@ class RunFolder:
 
     def occupied(self) -> bool:
         """True if something other than a fresh run's files lies here."""
-        return self.path.is_dir() and any(self.path.iterdir())
+        return self.path.is_dir() and any(path.name != run_lock.NAME for path in self.path.iterdir())
 
 
 class MetricsLog:
