@@ -3,13 +3,13 @@ job when they end. Ranks that train: test_training.py.
 """
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests.slurm.events import EVENTS
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
@@ -192,42 +192,14 @@ def test_how_the_ranks_end_decides_what_becomes_of_the_job(cluster, ended, name)
         assert text in output(folder, number)
 
 
-# Signals --------------------------------------------------------------------------------------------------------------
+# Events --------------------------------------------------------------------------------------------------------------
 
 
-def to_one_rank(cluster, job: int) -> None:
-    os.kill(cluster.ranks(job)[1], signal.SIGUSR1)
-
-
-def pre_empt(cluster, job: int) -> None:
-    """A job of the higher partition takes all nodes, and is done at once."""
-    other = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null",
-                        "--wrap=true")  # fmt: skip
-    cluster.wait(int(other), "COMPLETED")
-
-
-def node_down(cluster, job: int) -> None:
-    """Of two nodes, one that the script does not run on; Slurm is told, so as not to wait until it notices."""
-    assert (cluster.job(job)["NodeList"], cluster.job(job)["BatchHost"]) == ("n[1-2]", "n1")
-    cluster.kill_node("n2")
-    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-
-
-EVENTS = {
-    "a signal to one rank": to_one_rank,
-    "a signal to all": lambda cluster, job: cluster.run("scancel", "--signal=USR1", str(job)),
-    "a signal to the script": lambda cluster, job: cluster.run("scancel", "--batch", "--signal=USR1", str(job)),
-    "requeued by hand": lambda cluster, job: cluster.run("scontrol", "requeue", str(job)),
-    "pre-empted": pre_empt,
-    "node down": node_down,
-}
-
-
-@pytest.mark.parametrize("event", [*EVENTS])
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 def test_whatever_stops_the_job_it_starts_again(cluster, submit, tmp_path, event):
     job = submit("train.sh", "recipe=erm", told=[{"*": "wait"}, {}])
     cluster.until(lambda: len(calls(tmp_path)) == 2, "the ranks to start", 60, job)
-    EVENTS[event](cluster, job)
+    event(cluster, job)
     assert cluster.wait(job, "COMPLETED")["Restarts"] == "1"
     assert [call["start"] for call in calls(tmp_path)] == [0, 0, 1, 1]
 
