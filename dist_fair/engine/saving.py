@@ -94,10 +94,14 @@ class Saver:
             raise _everywhere(f"{fault} ({checkpoint.name_of(step)} is written)")
         return {"checkpoint_seconds": time.perf_counter() - began, "checkpoint_wait_seconds": waited}
 
+    @property
+    def busy(self) -> bool:
+        """True while this rank's thread is at work."""
+        return self._job is not None and not self._job.done()
+
     def poll(self) -> None:
         """To be called after each step: completes a checkpoint of several ranks once all have written their files."""
-        busy = self._job is not None and not self._job.done()
-        if self._state is not None and not self.comm.any(busy, "checkpoint"):
+        if self._state is not None and not self.comm.any(self.busy, "checkpoint"):
             self._complete()
 
     def finish(self) -> None:

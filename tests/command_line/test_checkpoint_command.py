@@ -89,8 +89,9 @@ def test_equal_checkpoints_are_equal(run, tmp_path, capsys):
 def test_differences_are_sorted_and_what_lacks_is_listed(run, tmp_path, capsys):
     weight = torch.arange(6.0).view(2, 3)
     weight[0, 0] = 0.5  # a tenth of the largest element
-    changed = {"detector__weight": weight, "detector__bias": torch.tensor([2.0, -100.0]), "detector__channel_mask": None,
-               "detector__count": torch.tensor(float("nan")), "detector__extra": torch.ones(1)}  # fmt: skip
+    changed = {"detector__weight": weight, "detector__bias": torch.tensor([2.0, -100.0]),
+               "detector__extra": torch.ones(1), "detector__count": torch.tensor(float("nan")),
+               "detector__channel_mask": None}  # fmt: skip
     saved(tmp_path / "other", 6, RECIPE | {"optimizer.lr": 0.2}, **changed)
     assert cli.main(["checkpoint", "diff", str(run), str(tmp_path / "other")]) == 1
     out = words(capsys)

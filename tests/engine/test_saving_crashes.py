@@ -94,12 +94,12 @@ def at_once(*_):
     """Instead of os.fsync: kill -9 does not lose what the system holds, and a disk takes 20 ms each time."""
 
 
-def writes(comm, folder, operation=None):
+def writes(comm, folder, backend, operation=None):
     """Two checkpoints over older ones, or as much as can be done; the number of operations on files."""
     chosen = saver(folder, comm, keep=1, best=("min", "loss"))
     with killed_at(operation) as left:
         for step in (3, 3):  # once more as after a fall back to an older one
-            chosen.save(step, Whole(), {"loss": 1.0 / step})
+            chosen.save(step, backend, {"loss": 1.0 / step})
             chosen.finish()
     return 10**9 - left[0]
 
@@ -112,25 +112,26 @@ def crashes_inside_every_operation(comm, root):
 
 
 def _crashes(comm, root):
-    chosen = saver(root / "before", comm, keep=2)
+    chosen, backend = saver(root / "before", comm, keep=2), Whole()
+    parts = parts_of(backend.module, backend.optimizer)
     for step in (1, 2):
-        chosen.save(step, Whole(), {"loss": 0.9})
+        chosen.save(step, backend, {"loss": 0.9})
         chosen.finish()
-    count = writes(comm, shutil.copytree(root / "before", root / "whole"))
+    count = writes(comm, shutil.copytree(root / "before", root / "whole"), backend)
     for operation in range(1, count + 1):
         folder = shutil.copytree(root / "before", root / str(operation))
         child = os.fork()
         if child == 0:
-            writes(comm, folder, operation)
+            writes(comm, folder, backend, operation)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        backend, found = Whole(), checkpoint.complete(folder)
+        found = checkpoint.complete(folder)
         assert found
         for one in found:
-            for part, tensors in parts_of(backend.module, backend.optimizer).items():
+            for part, tensors in parts.items():
                 same(checkpoint.read(one).tensors(part), tensors)
         after = saver(folder, comm, keep=1)
-        after.save(5, Whole())
+        after.save(5, backend)
         after.finish()
         assert checkpoint.complete(folder)[-1] == folder / checkpoint.name_of(5)
         assert not [*folder.glob(".step-*")]
