@@ -32,7 +32,7 @@ run_ranks() {
     exec {sink}> >(exec tee "$DIST_FAIR_LOGS/errors.log" >&2)
     local tee=$! first
     supervise srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) --ntasks-per-node="$ranks" \
-        "${placing[@]}" --kill-on-bad-exit=1 bash "$here/rank.sh" "${python[@]}" -m "dist_fair.$verb" "$@" 2>&"$sink"
+        "${placing[@]}" --export=ALL --kill-on-bad-exit=1 bash "$here/rank.sh" "${python[@]}" -m "dist_fair.$verb" "$@" 2>&"$sink"
     exec {sink}>&-
     wait "$tee"
     # What decides is how the first rank ended, not how srun then ended the others. A signal that says "end" to a rank

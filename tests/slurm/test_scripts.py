@@ -85,6 +85,7 @@ def test_rank_0_speaks_in_the_output_and_the_others_in_files_of_their_own(cluste
         (["--gpus-per-node=2", "--ntasks-per-node=1"], {}, 2, "1"),  # as for torchrun
         (["--cpus-per-task=3"], {"RANKS_PER_NODE": "3"}, 3, "1"),
         (["--cpus-per-task=4"], {"OMP_NUM_THREADS": "3"}, 1, "3"),
+        (["--cpus-per-task=2", "--export=PATH,SLURM_CONF,DIST_FAIR_PYTHON"], {}, 1, "2"),  # which srun would obey too
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -93,7 +94,7 @@ def test_one_rank_per_gpu_or_as_many_as_asked_for(cluster, submit, tmp_path, fla
     cluster.wait(job, "COMPLETED")
     seen = [call["environment"] for call in calls(tmp_path)]
     assert sorted(int(one["RANK"]) for one in seen) == [*range(2 * ranks)]
-    assert {one["OMP_NUM_THREADS"] for one in seen} == {threads}
+    assert {(one["OMP_NUM_THREADS"], one["MASTER_ADDR"]) for one in seen} == {(threads, "127.0.0.1")}
     assert ("ranks share 1 CPU(s) of a node" in output(tmp_path, job)) == (
         "--gpus-per-node=2" in flags and threads == "1"
     )
@@ -112,6 +113,15 @@ def test_evaluate_and_sweep(cluster, submit, tmp_path):
     assert first["arguments"] == second["arguments"] == ["-m", "dist_fair.sweep", "recipe=erm", "seed=0,1"]
     inherited = [name for name in first["environment"] if name.startswith("SLURM_") or name in ("RANK", "MASTER_ADDR")]
     assert inherited == ["SLURM_CONF"], "jobs of the sweep would take their shape from the job that submits them"
+
+
+def test_by_hand_in_an_allocation(cluster, tmp_path):
+    settings = cluster.environment | {"DIST_FAIR_PYTHON": STAND_IN}
+    script = ["bash", str(SCRIPTS / "train.sh"), "recipe=erm"]
+    cluster.run("salloc", "--nodes=2", "--ntasks-per-node=2", *script, env=settings, cwd=tmp_path)
+    assert sorted(call["environment"]["RANK"] for call in calls(tmp_path)) == ["0", "1", "2", "3"]
+    with pytest.raises(RuntimeError, match="submit this with sbatch"):
+        cluster.run(*script, env=settings, cwd=tmp_path)
 
 
 def test_the_interpreter_is_found(cluster, submit, tmp_path):

@@ -53,7 +53,7 @@ def equal(run: Path, undisturbed: Path) -> bool:
 
 
 def step(cluster, job: int, run: Path, count: int) -> None:
-    """Waits until so many steps of the run are logged; a start drops those after the checkpoint that it goes on from."""
+    """Waits until so many steps of the run are logged. A start drops those after the checkpoint that it goes on from."""
     log = run / "metrics.jsonl"
     cluster.until(lambda: log.is_file() and log.read_text().count("\n") >= count, f"step {count}", 240, job)
 
