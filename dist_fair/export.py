@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     refuse_occupied(out, options.replace)
     detector, tensors = from_checkpoint(checkpoint, options.overrides)
     write(out, detector, options.replace)
-    say(_summary(checkpoint, tensors, detector))
+    say(_summary(checkpoint, tensors, detector, out))
     say(f"{out}\nscore images with: dist-fair predict {options.out or out} IMAGE_OR_FOLDER")
     return 0
 
@@ -54,7 +54,7 @@ def from_checkpoint(
     recipe = RunFolder(checkpoint.parent.parent).recipe
     if not recipe.is_file():
         raise DistFairError(f"{recipe} is not there: a checkpoint is exported from within its run folder")
-    resolved, found = composition.read(recipe, interventions(), overrides), read(checkpoint)
+    resolved, found = composition.read(recipe, interventions(), overrides), read(checkpoint, ("model",))
     now = resolved.trajectory()
     known = found.recipe.keys() & now.keys()  # other versions have other settings
     if changed := differences({key: found.recipe[key] for key in known}, {key: now[key] for key in known}):
@@ -86,17 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _summary(checkpoint: Path, tensors: dict[str, "torch.Tensor"], detector: "DeployedDetector"):
+def _summary(checkpoint: Path, tensors: dict[str, "torch.Tensor"], detector: "DeployedDetector", out: Path):
     """What it was and what it is, as a table for `say`."""
     from rich import box
     from rich.table import Table
 
-    description, kept = detector.description, detector.tensors()
-    removed = len(description.masked)
+    description, removed = detector.description, len(detector.description.masked)
+    files = [[*folder.glob("model*.safetensors")] for folder in (checkpoint, out)]
     rows = (
-        ("weights and statistics", *(f"{sum(one.numel() for one in each.values()):,}" for each in (tensors, kept))),
-        ("MB", *(f"{sum(one.nbytes for one in each.values()) / 1e6:,.2f}" for each in (tensors, kept))),
-        ("channels of the feature map", str(description.channels), f"{description.channels - removed}"),
+        (
+            "parameters and statistics",
+            *(f"{sum(one.numel() for one in each.values()):,}" for each in (tensors, detector.tensors())),
+        ),
+        ("MB on disk", *(f"{sum(one.stat().st_size for one in each) / 1e6:,.2f}" for each in files)),
+        ("channels", str(description.channels), f"{description.channels - removed} ({removed} removed)"),
         ("between features and classifier", "", ", ".join(step["kind"] for step in description.steps) or "nothing"),
     )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")

@@ -134,13 +134,9 @@ def _detector(path: Path, device: str | None) -> "DeployedDetector":
     import torch
 
     from dist_fair.engine.checkpoint import find
-    from dist_fair.engine.deployment import CONFIG, load_detector
+    from dist_fair.engine.deployment import CONFIG, load_detector, usable
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise DistFairError(f"--device={place}: {str(error).splitlines()[0]}") from None
+    place = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if (path / CONFIG).is_file() or not any((path / part).exists() for part in ("checkpoints", "state.json")):
         return load_detector(path, place)
     from dist_fair.export import from_checkpoint

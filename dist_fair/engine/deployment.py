@@ -105,6 +105,8 @@ class DeployedDetector(nn.Module):
 
         Raises DistFairError naming the first that is no such image. A face should be cropped as the training data were.
         """
+        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            raise DistFairError("preprocess takes several images: put a single one into a list")
         side = self.description.image_size
         pixels = np.empty((len(images), side, side, 3), np.uint8)
         for number, (image, out) in enumerate(zip(images, pixels, strict=True)):
@@ -142,7 +144,7 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Deplo
 
     Raises DistFairError if it is none, if a file is damaged, or if they do not fit each other.
     """
-    folder = Path(path)
+    folder, device = Path(path), usable(device)
     if not (folder / CONFIG).is_file():
         raise DistFairError(f"{folder} is no exported detector (it has no {CONFIG}): `dist-fair export RUN` makes one")
     try:
@@ -156,9 +158,18 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Deplo
     tensors = _read_tensors(folder / MODEL, digest)
     try:
         with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded; the caller's draws stay
-            return _assembled(description, tensors, str(folder / MODEL)).to(device)
+            detector = _assembled(description, tensors, str(folder / MODEL))
     except Exception as error:  # what timm and torch say of arguments and tensors that make no detector
         raise _refusal(error, folder, "no detector can be made of it") from error
+    return detector.to(device)
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """A device that is there. Raises DistFairError for one that is not."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise DistFairError(f"device={device}: {str(error).splitlines()[0]}") from None
 
 
 def _refusal(error: Exception, place: Path, text: str) -> DistFairError:

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from dist_fair.detectors.base import Detector
 from dist_fair.detectors.weights import load_state
+from dist_fair.engine.checkpoint_writing import fsync
 from dist_fair.engine.deployment import CONFIG, MODEL, DeployedDetector, Description, built, config_text
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.at_inference import STEPS, Step, others
@@ -114,12 +115,12 @@ def write(folder: Path, detector: DeployedDetector, replace: bool = False) -> No
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _fsync_folder(aside)
+        fsync(aside)
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(aside, folder)
-        _fsync_folder(folder.parent)
+        fsync(folder.parent)
     except OSError as error:
         if replaced.exists() and not folder.exists():
             os.replace(replaced, folder)
@@ -146,11 +147,3 @@ def _is_exported(folder: Path) -> bool:
         return names == {CONFIG, MODEL} and "format" in json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError, TypeError):
         return False
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
