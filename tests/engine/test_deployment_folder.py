@@ -1,4 +1,4 @@
-"""The folder of a detector in use: written whole or not, and refused where it is damaged, hostile, or something else."""
+"""The folder of a detector in use: written whole or not, refused where it is damaged, hostile or something else."""
 
 import hashlib
 import json
