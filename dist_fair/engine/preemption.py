@@ -129,12 +129,16 @@ def passed_on(belongs: Callable[[list[str]], bool]) -> Iterator[None]:
     """
     import psutil
 
+    seen = False
+
     def hand_on(number: int, _: object) -> None:
-        found = [child for child in psutil.Process().children() if belongs(child.cmdline())]
-        for child in found:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
-        if not found:
+        nonlocal seen
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):  # of one that has ended, and waits to be asked how
+                if belongs(child.cmdline()):
+                    seen = True
+                    child.send_signal(number)
+        if not seen:
             raise Preempted(f"stopped by {signal.Signals(number).name} before the ranks started")
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
