@@ -67,7 +67,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, numbers=self._numbers(numbers))
         elif self._calls % self.every == 0 or self.done == self.total:
-            rest = _clock((self.total - self.done) / max(self._pace(), 1e-9))
+            rest = _clock((self.total - self.done) / self._pace()) if self.done > self.start else "?"
             parts = (f"{self.label} {self.done}/{self.total}", self._numbers(numbers), f"ETA {rest}")
             print("  ".join(part for part in parts if part), flush=True)
 

@@ -100,6 +100,9 @@ def parse(text: str) -> Override:
         override.is_delete() and override.is_sweep_override()
     ):
         raise DistFairError(f"{text}: a sweep goes over values that are listed: key=a,b or key=range(1,4)")
+    if kind == ValueType.RANGE_SWEEP and not isinstance(override.value().range(), range):
+        # Hydra's range(0.1,0.4,0.1) is 0.1, 0.2, 0.30000000000000004 and 0.4.
+        raise DistFairError(f"{text}: a range of whole numbers, since fractions gather rounding errors: list them")
     return override
 
 

@@ -46,7 +46,7 @@ class RankTask:
             return
         lost = code < 0 or code in (Exit.RANK_LOST, Exit.FORCED_OUT)
         self.lost = self.lost + 1 if lost else 0
-        if (lost or code == Exit.PREEMPTED) and self.lost <= LOST and not cancelled(job.job_id):
+        if (lost or code == Exit.PREEMPTED) and self.lost <= LOST and running(job.job_id):
             requeue(number, None)
         sys.exit(code if code > 0 else 128 - code)
 
@@ -68,10 +68,13 @@ class RankTask:
             return child.wait()
 
 
-def cancelled(job: str) -> bool:
-    """Whether a job is to stay ended, as scancel has it; its ranks see the same SIGTERM as before a pre-emption."""
+def running(job: str) -> bool:
+    """Whether it is for the ranks to say what becomes of a job: not after scancel, nor at its time limit.
+
+    Ranks see the same SIGTERM then as in the time of grace before a pre-emption, in which the job still runs.
+    """
     told = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True)
-    return "JobState=CANCELLED" in told.stdout
+    return "JobState=RUNNING" in told.stdout
 
 
 def _rendezvous() -> dict[str, str]:

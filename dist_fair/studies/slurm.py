@@ -93,12 +93,13 @@ class Jobs:
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        from dist_fair.studies.job import RankTask
+        from dist_fair.studies import job as rank
 
         refuse_absent()
         executor = SlurmExecutor(self.out / ".slurm", max_num_timeout=TIMEOUTS)
         executor.update_parameters(**resources.parameters(f"sweep-{self.out.resolve().name}"))
-        tasks = [RankTask(tuple(run.overrides), run.log.absolute(), resources.cpus or 1) for run in runs]
+        tasks = [rank.RankTask(tuple(run.overrides), run.log.absolute(), resources.cpus or 1, rank.PROGRAM)
+                 for run in runs]  # fmt: skip
         try:
             with _outside():
                 jobs = executor.submit_array(tasks)

@@ -42,7 +42,7 @@ def leave(folder: Path, values: dict[str, str]) -> None:
     """The real run's recipe, of another seed and learning rate, and its results."""
     shutil.copytree(os.environ["TRAINED"], folder, dirs_exist_ok=True)
     recipe = (folder / "recipe.yaml").read_text()
-    recipe = re.sub(r"^seed: \S+", f"seed: {values['seed']}", recipe, flags=re.MULTILINE)
+    recipe = re.sub(r"^seed: \S+", f"seed: {values.get('seed', '0')}", recipe, flags=re.MULTILINE)
     recipe = re.sub(r"^  lr: \S+", f"  lr: {values['optimizer.lr']}", recipe, flags=re.MULTILINE)
     (folder / "recipe.yaml").write_text(recipe)
 
