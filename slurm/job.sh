@@ -1,7 +1,6 @@
 # What the job scripts share. They set `here`, source this, and call run_ranks or run_alone, which end the script.
 
-restarts=${DIST_FAIR_RESTARTS:-3} # of a job whose ranks keep dying, in a row
-told=""                           # TERM once Slurm has told this script to end
+restarts=${DIST_FAIR_RESTARTS:-3} # in a row, of a job whose ranks keep dying
 
 say() { echo "slurm job ${job:-}: $*" >&2; }
 
@@ -30,19 +29,12 @@ run_ranks() {
     say "start $start: $((SLURM_JOB_NUM_NODES * ranks)) ranks on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT," \
         "the others' output in $DIST_FAIR_LOGS"
     exec {sink}> >(exec tee "$DIST_FAIR_LOGS/errors.log" >&2)
-    local tee=$! first
+    local tee=$!
     supervise srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) --ntasks-per-node="$ranks" \
         "${placing[@]}" --export=ALL --kill-on-bad-exit=1 bash "$here/rank.sh" "${python[@]}" -m "dist_fair.$verb" "$@" 2>&"$sink"
     exec {sink}>&-
     wait "$tee"
-    # What decides is how the first rank ended, not how srun then ended the others. A signal that says "end" to a rank
-    # that is still starting, and does not listen yet, stops it in time too.
-    first=$(sed -nE 's/^srun: error: [^ ]+: tasks? [^:]+: (Exited with exit code )?//p' "$DIST_FAIR_LOGS/errors.log")
-    first=${first%%$'\n'*}
-    case $first in
-    [0-9]*) code=$first ;;
-    "User defined signal 1" | Terminated) code=75 ;;
-    esac
+    judge
     conclude
 }
 
@@ -55,6 +47,7 @@ run_alone() {
         [[ $name == SLURM_CONF ]] || unset "$name"
     done
     supervise "${python[@]}" -m "dist_fair.$verb" "$@"
+    ((code != 128 + 10)) || code=75 # SIGUSR1, before it listened
     conclude
 }
 
@@ -87,13 +80,27 @@ supervise() {
     local pid
     "$@" &
     pid=$!
-    trap 'kill -USR1 "$pid" 2>/dev/null || true' USR1
-    trap 'told=TERM; kill -USR1 "$pid" 2>/dev/null || true' TERM
+    trap 'kill -USR1 "$pid" 2>/dev/null || true' USR1 TERM
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends a wait, not the command
-    trap : USR1
-    trap told=TERM TERM
+    trap : USR1 TERM
     code=0
     wait "$pid" || code=$?
+}
+
+# What decides is how the first rank ended, not how srun then ended the others: that becomes `code`. A signal that says
+# "end" to a rank that is still starting, and does not listen yet, stops it in time too.
+judge() {
+    local first rank
+    first=$(sed -nE 's/^srun: error: [^ ]+: tasks? ([0-9]+)[^:]*: (Exited with exit code )?/\1 /p' "$DIST_FAIR_LOGS/errors.log")
+    first=${first%%$'\n'*} rank=${first%% *}
+    case ${first#* } in
+    [0-9]*) code=${first#* } ;;
+    "User defined signal 1" | Terminated) code=75 ;;
+    esac
+    if [[ $code != 75 && -s $DIST_FAIR_LOGS/rank-$rank.log ]]; then
+        say "rank $rank ended first; the end of its log:"
+        tail -n 5 "$DIST_FAIR_LOGS/rank-$rank.log" >&2
+    fi
 }
 
 # Ends this script: done, an error of the user's, pre-empted, or a lost rank.
@@ -116,7 +123,7 @@ conclude() {
 }
 
 requeue() {
-    if [[ $told ]]; then # cancelled, pre-empted or out of time: Slurm has decided already what becomes of this job
+    if [[ $(scontrol -o show job "$job") != *" JobState=RUNNING "* ]]; then # cancelled, say: it is decided already
         say "$1; ended by Slurm"
     elif (trap "" TERM && exec scontrol requeue "$job"); then # Slurm ends this script before it answers
         say "$1; requeued"

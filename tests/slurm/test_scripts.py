@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.events import EVENTS
+from tests.slurm.events import EVENTS, to_all_ranks
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
@@ -63,7 +63,9 @@ def test_each_rank_knows_its_place_and_gets_the_arguments_as_they_were(cluster, 
 
 
 def test_rank_0_speaks_in_the_output_and_the_others_in_files_of_their_own(cluster, submit, tmp_path):
-    job = submit("train.sh", "recipe=erm", flags=["--ntasks-per-node=2"], told=[{"*": 75}, {}])
+    job = submit("train.sh", "recipe=erm", flags=["--ntasks-per-node=2"], told=[{"*": "wait"}, {}])
+    cluster.until(lambda: len(calls(tmp_path)) == 4, "the ranks to start", 60, job)
+    to_all_ranks(cluster, job)
     cluster.wait(job, "COMPLETED")
     assert "rank 0, start 0\n" in output(tmp_path, job)
     assert "rank 0, start 1\n" in output(tmp_path, job)
@@ -166,7 +168,7 @@ CASES = {
     "cannot be requeued": Case([{"*": 75}], ("FAILED", "75:0"), ["submit it again"], ["--no-requeue"]),
     "refused on every rank": Case([{"*": 2}], ("FAILED", "2:0")),
     # srun ends the other ranks, which then end as if pre-empted
-    "refused on one rank": Case([{"1": 2, "0": "wait"}], ("FAILED", "2:0")),
+    "refused on one rank": Case([{"1": 2, "0": "wait"}], ("FAILED", "2:0"), ["the end of its log:\nrank 1, start 0\n"]),
     "killed": Case([{"1": "SIGKILL", "0": "wait"}, {}], ("COMPLETED", "0:0"), ["a rank was lost (exit code 137)"]),
     "lost, but not in a row": Case(
         [{"1": 74, "0": "wait"}, {"1": 1, "0": 74}, {"*": 75}, {"0": 76}, {}], ("COMPLETED", "0:0"),
