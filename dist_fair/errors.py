@@ -12,6 +12,7 @@ class Exit(IntEnum):
     DONE = 0, "done, or stopped by train.stop_after"
     BUG = 1, "a bug: the traceback says where"
     REFUSED = 2, "an error that you can mend: the line that begins with 'error' says how"
+    LISTED = 3, "done, but not with everything: what is wrong is listed"
     RANK_LOST = 74, "a rank died, froze or failed, or its node went: the same command goes on from the last checkpoint"
     PREEMPTED = 75, "stopped by SIGUSR1, SIGUSR2 or SIGTERM, checkpointed: the same command goes on"
     FORCED_OUT = 76, "such a signal, but the rank hung: the same command goes on from the last checkpoint"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_fair.cli import guarded
-from dist_fair.errors import DistFairError
+from dist_fair.errors import DistFairError, Exit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 SUFFIXES, TABLES = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".parquet")
 SCREEN = 30  # images that are shown without --out
 READERS = 8  # threads; decoding leaves Python's lock
-INCOMPLETE = 3
 COLUMNS = ("image", "score", "verdict", "problem")
 
 
@@ -68,7 +67,7 @@ def main(arguments: list[str]) -> int:
     where = f"; scores in {options.out}" if options.out else ""
     say(f"{len(rows) - bad} of {len(rows)} images scored, {fakes} of them fake (score >= {options.threshold}), "
         f"{bad} could not be read{where}")  # fmt: skip
-    return INCOMPLETE if bad else 0
+    return Exit.LISTED if bad else Exit.DONE
 
 
 def found_images(words: Sequence[str]) -> list[Path]:
