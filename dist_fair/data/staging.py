@@ -29,7 +29,7 @@ from dist_fair.errors import DistFairError
 INTERVAL = 1.0  # seconds between two looks at the copying; a collective that waited for all of it would time out
 MEGABYTE = 10**6
 
-Report = Callable[..., None]  # (megabytes more, copying=nodes, waiting=nodes)
+Report = Callable[..., None]  # (megabytes more, copying=nodes, waiting=nodes: for another job, if any do)
 
 
 def local_folder(stage_to: str) -> Path:
@@ -104,7 +104,7 @@ class Staging:
             sums = self.comm.sum(torch.tensor(own, device=self.comm.device), "staging")
             done, working, waiting, failed = sums.tolist()
             megabytes = self.megabytes if done == self._bytes else done // MEGABYTE
-            report(megabytes - shown, copying=working - waiting, waiting=waiting)
+            report(megabytes - shown, copying=working - waiting, **({"waiting": waiting} if waiting else {}))
             shown = megabytes
             if failed:
                 return

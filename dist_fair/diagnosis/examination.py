@@ -74,7 +74,7 @@ def examined(check: Check, site: Site) -> list[Verdict]:
         try:
             answers.append(check.look(site))
         except DistFairError as error:
-            answers.append(problem(check.name, str(error), "as it says"))
+            answers.append(problem(check.name, str(error)))
         except TimeoutError as error:
             answers.append(problem(check.name, str(error), "see `ranks` and what that rank says of itself"))
         except Exception as error:
@@ -93,7 +93,7 @@ def examined(check: Check, site: Site) -> list[Verdict]:
 def _presence(site: Site) -> Verdict:
     ranks, hosts = site.ranks, site.hosts
     if site.apart is not None:
-        return problem("ranks", site.apart, "as it says; what follows is of rank 0 alone")
+        return problem("ranks", f"{site.apart} (what follows is of rank 0 alone)")
     if ranks.lost:
         silent = ", ".join(names([rank], hosts) for rank in sorted(ranks.lost))
         return problem("ranks", f"{len(ranks.lost)} of {ranks.world} do not answer: {silent}",

@@ -14,7 +14,7 @@ from dist_fair.errors import DistFairError
 def recipe(site: Site) -> Verdict:
     """The recipe and its overrides."""
     if site.fault is not None:
-        return problem("recipe", site.fault, "as it says", alike=True)
+        return problem("recipe", site.fault, alike=True)
     if site.resolved is None:
         return ok("recipe", "none named, so none was looked at: dist-fair doctor recipe=NAME key=value ...", alike=True)
     chosen, short = site.resolved.recipe, site.resolved.fingerprint()[:12]
@@ -39,7 +39,7 @@ def _data_sets(site: Site) -> Iterator[Verdict]:
         try:
             index, bad = _probe(site, folder)
         except (DistFairError, OSError) as error:
-            yield problem(name, str(error), "as it says; on this node if the others can read it", alike=True)
+            yield problem(name, str(error), alike=True)
             continue
         size = sum(shard.size for shard in index.shards)
         found = (f"{folder}: {len(index):,} samples in {len(index.shards)} shards, {size / 1e9:.3g} GB, "

@@ -21,7 +21,7 @@ def bare_srun(environment: Mapping[str, str]) -> str | None:
     if tasks == 1 or "SLURM_STEP_ID" not in environment or "WORLD_SIZE" in environment:
         return None
     return (
-        f"{tasks} tasks of one srun, each of which would look alone: start each as a rank, from the repository:\n"
+        f"{tasks} tasks of one srun, each of which would look alone: sbatch slurm/doctor.sh, or in an allocation\n"
         "  export MASTER_ADDR=$(scontrol show hostnames | head -n 1) MASTER_PORT=29500 DIST_FAIR_LOGS=/tmp\n"
         "  export LOCAL_WORLD_SIZE=<tasks a node>; srun bash slurm/rank.sh python -m dist_fair.doctor ..."
     )
@@ -65,6 +65,8 @@ def slurm_job(site: Site) -> Verdict | None:
     script = _scontrol("write", "batch_script", job, "-") or ""
     signal = re.search(r"^#SBATCH.*--signal[= ](\S+)", script, re.MULTILINE)
     found = f"job {job}, partition {about.get('Partition')}, time limit {about.get('TimeLimit')}"
+    if about.get("Command", "").endswith("doctor.sh"):  # neither is of use to it
+        return ok("Slurm job", f"{found}; slurm/train.sh asks to be warned and requeued")
     if about.get("BatchFlag") == "0":
         return ok("Slurm job", f"{found}, interactive: neither warned nor requeued")
     if about.get("Requeue") == "0":

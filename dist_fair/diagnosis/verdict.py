@@ -10,7 +10,8 @@ OK, WARNING, PROBLEM = STATES = ("ok", "warning", "problem")
 class Verdict:
     """One line of a diagnosis.
 
-    name: what was looked at. state: one of STATES. found: what is there, without secrets. fix: what to do, unless ok.
+    name: what was looked at. state: one of STATES. found: what is there, without secrets. fix: what to do, "" if
+    nothing or if found says it.
     alike: all ranks should have found the same.
     """
 
@@ -31,7 +32,7 @@ def warning(name: str, found: str, fix: str, alike: bool = False) -> Verdict:
     return Verdict(name, WARNING, found, fix, alike)
 
 
-def problem(name: str, found: str, fix: str, alike: bool = False) -> Verdict:
+def problem(name: str, found: str, fix: str = "", alike: bool = False) -> Verdict:
     """Runs will fail, or go wrong."""
     return Verdict(name, PROBLEM, found, fix, alike)
 

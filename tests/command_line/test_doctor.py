@@ -135,7 +135,7 @@ def test_launchers_that_contradict_themselves(told: dict, found: str) -> None:
 def test_a_bare_srun_is_told_what_to_do(environment, capsys: pytest.CaptureFixture) -> None:
     for name, value in {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}.items():
         environment.setenv(name, value)
-    with pytest.raises(DistFairError, match=r"(?s)4 tasks of one srun, .*srun bash slurm/rank\.sh"):
+    with pytest.raises(DistFairError, match=r"(?s)4 tasks of one srun, .*slurm/doctor\.sh.*srun bash slurm/rank\.sh"):
         doctor.main([])
     environment.setenv("SLURM_PROCID", "3")
     assert doctor.main([]) == 2
@@ -149,6 +149,7 @@ def test_a_bare_srun_is_told_what_to_do(environment, capsys: pytest.CaptureFixtu
         ("Requeue=0 BatchFlag=1", "#SBATCH --signal=USR1@120", "warning", "not to be requeued"),
         ("Requeue=1 BatchFlag=1", "echo", "warning", "no #SBATCH --signal"),
         ("Requeue=1 BatchFlag=0", "", "ok", "interactive"),
+        ("Requeue=0 BatchFlag=1 Command=/home/me/slurm/doctor.sh", "", "ok", "slurm/train.sh asks"),
     ],
 )
 def test_slurm_job(tmp_path: Path, environment, job: str, script: str, expected: str, words: str) -> None:

@@ -193,6 +193,17 @@ def test_two_jobs_on_one_node_take_turns(source: Index, disk: Path, monkeypatch:
     assert staging._copy.state(0).done == staging._bytes
 
 
+def test_what_stops_a_run_stops_its_copy(source: Index, disk: Path) -> None:
+    def stop(megabytes: int, **nodes: int) -> None:
+        raise KeyboardInterrupt
+
+    staging = Staging(str(disk), [source], Communicator())
+    with pytest.raises(KeyboardInterrupt):
+        staging.run(stop)
+    assert not any(thread.name.startswith("staging") for thread in threading.enumerate())
+    assert all(name.endswith(".tar") for name in copies(disk))
+
+
 def test_each_node_copies_once(tmp_path: Path) -> None:
     made(tmp_path / "train")
     made(tmp_path / "test", 2, first=50)
