@@ -38,9 +38,9 @@ def interface(site: Site) -> Verdict:
         address = None
     nodes = site.ranks.world > site.local_world
     if nodes and "GLOO_SOCKET_IFNAME" not in told and (address is None or address.startswith("127.")):
-        return problem("network interface", f"{host} is {address or 'unknown'} to itself: other nodes do not reach it",
-                       f"set GLOO_SOCKET_IFNAME to the interface that joins the nodes, of {', '.join(present)}; or "
-                       "mend /etc/hosts")  # fmt: skip
+        return warning("network interface", f"{host} is {address or 'unknown'} to itself, which no other node reaches",
+                       "if all-reduce fails: GLOO_SOCKET_IFNAME=the interface that joins the nodes, of "
+                       f"{', '.join(present)}; or mend /etc/hosts")  # fmt: skip
     return ok("network interface", found or f"chosen by gloo and NCCL; {host} is {address or 'unknown'}")
 
 
