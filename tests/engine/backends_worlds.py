@@ -1,11 +1,12 @@
-"""A small run, on each rank, with each backend: losses, norms, what is masked, the state at the end.
+"""A small run with a backend, as each rank has it: losses, norms, scores, the state at the end.
 
-The detectors are ResNets with synced norm and without kinks, or PG-FDD's; data come from a plan, as in training.
+The detectors are ResNets with synced norm and without kinks, PG-FDD's, or a ViT; data come from a plan, as in training.
 """
 
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,19 +15,22 @@ import torch
 
 from dist_fair.data.window import canonical_order, paired
 from dist_fair.detectors import build_detector
-from dist_fair.engine.backends import make_backend
+from dist_fair.engine import backends
+from dist_fair.engine.activations import checkpoint_activations
 from dist_fair.engine.launch import accelerator
 from dist_fair.engine.loop import Rhythm, Trainer
 from dist_fair.engine.module import TrainingModule
 from dist_fair.engine.optimization import build_optimizer, build_schedule
+from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, build, registered
 from dist_fair.recipe.schema import Optimizer, Schedule, Train
 from tests.engine import accumulation_worlds as worlds
 from tests.engine import planted_backend_bugs
 
-STEPS = 6
+STEPS = 4
 BOTH = worlds.BOTH
-RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 12, 16], "smooth": True}
+RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 12, 16], "stem_type": "deep", "stem_width": 4, "smooth": True}
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2}
 PLAIN = {"cross_entropy": {}}
 CASES = {
     "erm": PLAIN,
@@ -35,12 +39,14 @@ CASES = {
     "daid": {**PLAIN, "inverse_propensity": BOTH, "subgroup_norm": {**BOTH, "minimum": 4},
              "low_rank_projection": {"rank": 5}, "pair_alignment": BOTH},
     "pg_fdd": worlds.CASES["pg_fdd"],
+    "pg_fdd_frozen": worlds.CASES["pg_fdd"],
+    "tokens": PLAIN,
 }  # fmt: skip
 
 
 @dataclass
 class Task:
-    """A run of `case` from `start`'s state, or from the beginning, up to step `stop`."""
+    """A run of `case` from the beginning, or from the state of the result `start`, up to step `stop`."""
 
     backend: str = "ddp"
     case: str = "erm"
@@ -49,6 +55,9 @@ class Task:
     train: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=lambda: {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05})
     bug: str | None = None
+
+    def chosen(self):
+        return Optimizer(**self.optimizer)
 
 
 def run(comm, tasks):
@@ -63,21 +72,23 @@ def one_run(comm, task):
     settings = Train(
         **{"backend": task.backend, "clip": 0.3, "accumulate": 1, "batch_size": worlds.BATCH, **task.train}
     )
-    plan = worlds.plan("pg_fdd" if task.case == "pg_fdd" else "plain", settings.accumulate)
+    plan = worlds.plan("pg_fdd" if task.case.startswith("pg_fdd") else "plain", settings.accumulate)
     module = made(task.case, plan, comm, settings)
-    chosen, kept = Optimizer(**task.optimizer), Kept()
+    chosen, kept = task.chosen(), Kept()
     order = canonical_order(plan, settings.accumulate, comm.world) if settings.accumulate_exact else None
     rhythm = Rhythm(STEPS, task.stop, settings.accumulate, settings.clip, None, order)
     with getattr(planted_backend_bugs, task.bug)() if task.bug else nullcontext():
-        backend = make_backend(settings, module, lambda plain: build_optimizer(plain, chosen), accelerator())
+        backend = shared(settings, module, chosen)
         schedule = build_schedule(backend.optimizer, Schedule(name="cosine", warmup=0.2), STEPS)
         trainer = Trainer(backend, schedule, comm, rhythm, sam=chosen.sam, seed=5, saver=kept, describe=str)
         if task.start:
-            trainer.resume(task.start)
-        trainer.run(lambda first, last: worlds.batches(plan, comm.rank, comm.world, first, last, side=32),
-                    Scoring(plan, comm), [kept])  # fmt: skip
+            trainer.resume(checkpoint_of(task.start))
+        batches = partial(
+            worlds.batches, plan, comm.rank, comm.world, side=32 if task.case.startswith("pg_fdd") else 16
+        )
+        trainer.run(batches, Scoring(batches), [kept])
         with backend.whole() as plain:
-            scores = scored(plain, plan, comm)
+            scores = scored(plain, *batches(0, 1))
     return {"losses": np.array(kept.losses), "norms": np.array(kept.norms), "scores": scores,
             "step": trainer.step, "tells": backend.describe(), **kept.state}  # fmt: skip
 
@@ -89,10 +100,14 @@ def made(case, plan, comm, settings):
     needs = {}
     for name, own in chosen.items():
         needs |= registered()[name].needs(own, plan.index)
-    if case == "pg_fdd":
-        detector = build_detector("pg_fdd", False, "synced", worlds.PG_FDD, comm, needs)
+    if case.startswith("pg_fdd"):
+        norm = "frozen" if case.endswith("frozen") else "synced"
+        detector = build_detector("pg_fdd", False, norm, worlds.PG_FDD, comm, needs)
+    elif case == "tokens":
+        detector = build_detector("vit_tiny_patch16_224", False, "synced", VIT, comm, needs)
     else:
         detector = build_detector("resnet18", False, "synced", RESNET, comm, needs)
+    checkpoint_activations(SimpleNamespace(train=settings, detector=SimpleNamespace(name=case, norm="")), detector)
     facts = Facts(plan.index, plan.frequencies, 5, STEPS, detector.channels, paired(plan))
     parts, width = build(chosen, facts, detector.features)
     if width != detector.features:
@@ -100,12 +115,18 @@ def made(case, plan, comm, settings):
     return TrainingModule(detector, parts, comm, settings.precision)
 
 
-def scored(module, plan, comm):
-    """Scores of the first batch, of all ranks."""
+def shared(settings, module, optimizer):
+    """The backend of some settings, on the CPU, where offloading has no effect but goes the same ways."""
+    with mock.patch.object(backends, "refuse_idle_offload"):
+        return backends.make_backend(settings, module, lambda plain: build_optimizer(plain, optimizer), accelerator())
+
+
+def scored(module, batch):
+    """Scores of a batch, of all ranks."""
     module.eval()
-    rows = module.score(worlds.batches(plan, comm.rank, comm.world, 0, 1, side=32)[0])
+    rows = module.score(batch)
     module.train()
-    return comm.gather(rows, "scores").numpy()
+    return module.comm.gather(rows, "scores").numpy()
 
 
 class Kept:
@@ -130,17 +151,51 @@ class Kept:
 
 
 class Scoring:
-    """ScoringData of the plan's first batches."""
+    """ScoringData: the first batches of the training."""
 
-    def __init__(self, plan, comm):
-        self.plan, self.comm = plan, comm
+    def __init__(self, first):
+        self.first = first
 
     def batches(self, size, count, *key):
-        return worlds.batches(self.plan, self.comm.rank, self.comm.world, 0, count, side=32)
+        return self.first(0, count)
 
 
 def checkpoint_of(result):
     """What a Trainer resumes from."""
-    tensors = {part: {name: torch.from_numpy(np.array(value)) for name, value in result[part].items()}
-               for part in ("model", "optimizer")}  # fmt: skip
-    return SimpleNamespace(tensors=tensors.__getitem__, folder="a checkpoint", step=result["step"])
+    return SimpleNamespace(tensors=tensors_of(result).__getitem__, folder="a checkpoint", step=result["step"])
+
+
+def tensors_of(result):
+    return {part: {name: torch.from_numpy(np.array(value)) for name, value in result[part].items()}
+            for part in ("model", "optimizer")}  # fmt: skip
+
+
+def misfits(comm, names):
+    """{backend: {what does not fit: the refusal}}, and what "changed"."""
+    results = run(comm, [Task(name, stop=2) for name in names])
+    with mock.patch.object(torch.cuda, "device_count", return_value=0):
+        return {name: _misfits(comm, name, tensors_of(result)) for name, result in zip(names, results, strict=True)}
+
+
+def _misfits(comm, name, state):
+    settings = Train(backend=name)
+    module = made("erm", worlds.plan("plain"), comm, settings)
+    backend, bias = shared(settings, module, Task().chosen()), "detector.classifier.bias"
+    before, texts = backend.state(lambda name: True), {}
+    for fault, part, key, value in (
+        ("a tensor less", "model", bias, None),
+        ("another shape", "model", bias, torch.ones(3)),
+        ("another moment", "optimizer", f"exp_avg/{bias}", torch.ones(3)),
+        ("a moment less", "optimizer", f"exp_avg/{bias}", None),
+        ("a moment more", "optimizer", "exp_avg/detector.other", torch.ones(3)),
+    ):
+        wrong = {one: dict(tensors) for one, tensors in state.items()}
+        wrong[part][key] = value
+        wrong[part] = {one: tensor for one, tensor in wrong[part].items() if tensor is not None}
+        try:
+            backend.load(wrong["model"], wrong["optimizer"], "a checkpoint")
+        except DistFairError as error:
+            texts[fault] = str(error)
+    after, nothing = backend.state(lambda name: True)["model"], torch.zeros(0)
+    changed = [key for key, value in before["model"].items() if not torch.equal(value, after.get(key, nothing))]
+    return texts | {"changed": changed}

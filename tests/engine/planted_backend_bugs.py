@@ -1,6 +1,6 @@
 """Classic bugs of sharding: each function gives a patch, with which the backends have that bug."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 from dist_fair.collectives import Communicator
@@ -13,6 +13,7 @@ def gradients_summed():
 
     def summing(module, **settings):
         shard(module, **settings).set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
     def without_average(*arguments):
         return configure(*arguments) | {"gradient_allreduce_op": "sum"}
@@ -59,12 +60,22 @@ def _ahead(take):
 
 def buffers_left_behind():
     """What changes in the whole module stays there."""
-    place = sharded._set_buffer
+    of = sharded.Whole.of
 
-    def copied(module, name, buffer):
-        place(module, name, buffer.clone())
+    @contextmanager
+    def unheard(self, module, whole):
+        before = [value.clone() for value in module.buffers()]
+        with of(self, module, whole) as plain:
+            yield plain
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
 
-    return mock.patch.object(sharded, "_set_buffer", copied)
+    return mock.patch.object(sharded.Whole, "of", unheard)
+
+
+def small_buckets():
+    """No bug: gradients are reduced in several buckets, and one tensor is larger than a bucket."""
+    return mock.patch.object(zero, "_BUCKET", 2000)
 
 
 def _all(*patches):

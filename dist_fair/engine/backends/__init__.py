@@ -1,5 +1,6 @@
 """Backends by name."""
 
+import torch
 from accelerate import Accelerator
 
 from dist_fair.engine.backends.base import Backend, MakeOptimizer
@@ -17,8 +18,7 @@ def make_backend(
 
     Raises DistFairError for what it cannot do exactly, and if it did not become what was asked for.
     """
-    if train.offload and accelerator.device.type == "cpu":
-        raise DistFairError("train.offload=true has no effect: everything is on the CPU here; leave it out")
+    refuse_idle_offload(train, accelerator.device)
     if train.backend == "fsdp":
         from dist_fair.engine.backends.fsdp import Fsdp
 
@@ -30,3 +30,9 @@ def make_backend(
     from dist_fair.engine.backends.ddp import Ddp
 
     return Ddp(module, make_optimizer, accelerator)
+
+
+def refuse_idle_offload(train: Train, device: torch.device) -> None:
+    """Raises DistFairError for train.offload where there is nothing to offload from."""
+    if train.offload and device.type == "cpu":
+        raise DistFairError("train.offload=true has no effect: this run is on the CPU anyway; leave it out")

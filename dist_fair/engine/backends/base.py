@@ -4,7 +4,7 @@
     ddp      all           all           all           all-reduce of P
     fsdp     a W-th part   a W-th part   a W-th part   all-gather of P twice, reduce-scatter of P
     zero1    all           all           a W-th part   all-reduce of P, all-gather of P
-    zero2    all           a W-th part   a W-th part   reduce-scatter of P, all-gather of P
+    zero2    all           a W-th part   a W-th part   all-reduce of P (let go bucket by bucket), all-gather of P
     zero3    a W-th part   a W-th part   a W-th part   all-gather of P twice, reduce-scatter of P
 
 All of them *average* gradients over ranks, which is what the one gradient rule (dist_fair.collectives) expects. Buffers

@@ -8,14 +8,16 @@ the norm must be known before a step is taken, windows may have any share of a s
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from dist_fair.data.window import Window
 from dist_fair.engine.backends.base import MakeOptimizer, Tensors
@@ -57,16 +59,16 @@ class Zero(Sharded):
         join_alone(self.device)
         open_output(module)
         self.optimizer = make_optimizer(module)
-        with _quietly(self.device) as deepspeed:
-            self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self.optimizer, config=_configuration(stage, offload, self.total)
-            )
+        self.engine, *_ = _deepspeed(self.device).initialize(
+            model=module, optimizer=self.optimizer, config=_configuration(stage, offload, self.total)
+        )
         self.parts = {parameter: self._part(parameter) for parameter in module.parameters() if parameter.requires_grad}
         self._prove()
 
     def differentiate(self, window: Window, progress: float, share: float, last: bool) -> Losses:
         self.engine.set_gradient_accumulation_boundary(last)
-        loss, losses = self.engine(window, progress)
+        with set_checkpoint_early_stop(False):  # a module that is entered again must be left again: its hooks count
+            loss, losses = self.engine(window, progress)
         self.engine.backward(loss * share)
         return losses
 
@@ -98,28 +100,28 @@ class Zero(Sharded):
     def _prove(self) -> None:
         comm, held, trained = self.module.comm, self._held(), sum(map(self._count, self.parts))
         together = int(comm.sum(torch.tensor(held, device=self.device), "zero/parameters"))
-        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        alone = all(any(part.flat is one for one in stepped) for part in self.parts.values())
-        local = sum(parameter.numel() for parameter in self.module.parameters())
-        if (
-            self.engine.zero_optimization_stage() != self.stage
-            or together != trained
-            or (held == trained and comm.world > 1)
-            or (local > 0) == (self.stage == 3)
-            or not (alone or self.stage == 3)  # of stage 3 the optimizer sees the flat tensors only while it steps
-        ):
-            raise DistFairError(f"train.backend={self.name}: DeepSpeed did not become it: this rank steps {held:,} of "
-                                f"{trained:,} parameters, all ranks together {together:,}, and has {local:,} weights; "
-                                "set another train.backend")  # fmt: skip
+        local, stage = sum(one.numel() for one in self.module.parameters()), self.engine.zero_optimization_stage()
+        stepped = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
+        faults = {
+            f"it is of stage {stage}": stage != self.stage,
+            f"this rank steps {held:,} of {trained:,} parameters, all ranks together {together:,}":
+                together != trained or (held == trained and comm.world > 1),
+            f"this rank keeps {local:,} whole weights": (local == 0) != (self.stage == 3),
+            # Of stage 3 the optimizer sees them only while it steps.
+            "the optimizer does not step its parts":
+                self.stage < 3 and stepped != {id(part.flat) for part in self.parts.values()},
+        }  # fmt: skip
+        if found := [fault for fault, there in faults.items() if there]:
+            raise DistFairError(f"train.backend={self.name}: DeepSpeed's engine is not that: {'; '.join(found)}: set "
+                                "another train.backend")  # fmt: skip
 
     def _part(self, parameter: nn.Parameter) -> Part:
         inner = self.engine.optimizer
         if self.stage == 3:
             group, offset, padded = inner.grad_position[inner.get_param_id(parameter)]
             start = min(padded * self.module.comm.rank, parameter.ds_numel)
-            return Part(
-                inner.fp32_partitioned_groups_flat[group], offset, min(padded, parameter.ds_numel - start), start
-            )
+            size = min(padded, parameter.ds_numel - start)
+            return Part(inner.fp32_partitioned_groups_flat[group], offset, size, start)
         if parameter._hp_mapping is None:
             return Part(inner.single_partition_of_fp32_groups[0], 0, 0, 0)
         whole, flat = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
@@ -139,9 +141,8 @@ class Zero(Sharded):
         if moment is None and self.stage < 3:
             return parameter
         if parameter not in self.parts:
-            return self.module.comm.gather(parameter.ds_tensor.to(self.device), "zero/frozen")[
-                : self._count(parameter)
-            ].view(parameter.ds_shape)
+            padded = self.module.comm.gather(parameter.ds_tensor.to(self.device), "zero/frozen")
+            return padded[: self._count(parameter)].view(parameter.ds_shape)
         part = self.parts[parameter]
         flat = part.flat if moment is None else torch.as_tensor(self.optimizer.state[part.flat][moment])
         if not flat.dim():
@@ -182,7 +183,7 @@ class Zero(Sharded):
 def _configuration(stage: int, offload: bool, parameters: int) -> dict[str, object]:
     """DeepSpeed's. Everything fp32: half precision is autocast, inside our module.
 
-    Nothing overlaps: its overlapped reductions had races that gave wrong gradients (DeepSpeed issue 8061).
+    Nothing overlaps: where it did, gradients were reduced before they were there (DeepSpeed issues 5545 and 8061).
     """
     zero: dict[str, object] = {
         "stage": stage, "overlap_comm": False, "reduce_bucket_size": min(_BUCKET, parameters),
@@ -205,19 +206,13 @@ def _configuration(stage: int, offload: bool, parameters: int) -> dict[str, obje
     }
 
 
-@contextmanager
-def _quietly(device: torch.device) -> Iterator:
+def _deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed for a device, with errors alone on the console, and without anything to be compiled: by default it
     builds a collective in shared memory for the CPU, 30 s with a compiler, races between ranks included."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for other makers' accelerators, and warns
+    os.environ.setdefault("LOCAL_RANK", "0")  # a launcher sets it; for a single rank nobody has, and it is read anyway
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    alone = "LOCAL_RANK" not in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")  # a launcher sets it; of a single rank accelerate must not see it
-    try:
-        yield deepspeed
-    finally:
-        if alone:
-            del os.environ["LOCAL_RANK"]
+    return deepspeed
