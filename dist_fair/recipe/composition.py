@@ -8,6 +8,7 @@ file, `interventions: {NAME: null}` leaves out one that it would inherit.
 """
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ def load(arguments: Sequence[str], interventions: Mapping[str, type]) -> Resolve
     Raises DistFairError for unknown names and keys, wrong types and values, and settings without effect.
     """
     choices, overrides = _parse(arguments)
-    schema = Schema(interventions)
+    schema = _schema(tuple(interventions.items()))
     library, chosen = _library(choices)
-    composed, origins = _compose(library, chosen)
+    composed, origins = _composed(library, chosen)
     try:
         config = schema.typed(composed)
     except (OmegaConfBaseException, DistFairError) as error:
@@ -65,7 +66,7 @@ def read(path: str | Path, interventions: Mapping[str, type], arguments: Sequenc
     """
     path = Path(path)
     content = cards.read_yaml(path, str(path))
-    schema = Schema(interventions)
+    schema = _schema(tuple(interventions.items()))
     for key, value in flatten(content).items():
         if "${" in f"{key}{value}":
             raise DistFairError(f"{path}: {key}={value}: stored recipes are resolved; this file was changed by hand")
@@ -122,6 +123,24 @@ def _library(choices: Mapping[str, str]) -> tuple[list[Card], list[str]]:
         library += [own] if own else []
         chosen.append(f"{group}={own.name if own else choice}")
     return library, chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _schema(interventions: tuple[tuple[str, type], ...]) -> Schema:
+    return Schema(dict(interventions))
+
+
+_COMPOSITIONS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+
+
+def _composed(library: Sequence[Card], chosen: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`_compose`, once for the same files and choices: the runs of a sweep share them, and it is half of `load`."""
+    own = library[len(cards.shipped_cards()) :]
+    key = repr((own, chosen))
+    if key not in _COMPOSITIONS:
+        _COMPOSITIONS[key] = _compose(library, chosen)
+    values, origins = _COMPOSITIONS[key]
+    return values, dict(origins)
 
 
 def _compose(library: Iterable[Card], chosen: list[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -47,10 +47,12 @@ def _panel(axes: "Axes", board: Leaderboard, rows: list[Row], strokes: dict[str,
     for row in rows:
         (x, spread), (y, height) = _scaled(board.fairness, row), _scaled(board.utility, row)
         look = {"color": style.GREY, "marker": "."} | ({**strokes[row.entry.name]} if row.front else {})
-        axes.errorbar(x, y, xerr=spread, yerr=height, linestyle="", elinewidth=0.6, ecolor=look["color"], markersize=5,
+        axes.errorbar(x, y, xerr=spread, yerr=height, linestyle="", elinewidth=0.6, markersize=5,
+                      ecolor=look["color"] if row.front else style.PALE,
                       color=look["color"], marker=look["marker"], zorder=3 if row.front else 2)  # fmt: skip
         front += [(x, y)] * row.front
-    axes.plot(*zip(*sorted(front), strict=True), color=style.BLACK, linewidth=0.8, zorder=1)
+    steps = "steps-pre" if more(board.fairness) else "steps-post"  # what is within reach of the front, no more
+    axes.plot(*zip(*sorted(front), strict=True), color=style.BLACK, linewidth=0.8, drawstyle=steps, zorder=1)
     axes.grid(True)
     for name, label in ((board.fairness, axes.set_xlabel), (board.utility, axes.set_ylabel)):
         unit = "natural log" if name == "skew" else "%"
