@@ -53,7 +53,8 @@ def _evaluate(
     for (resolved, folder), checkpoint in zip(work, found, strict=True):
         session = Session(resolved, folder, invocation)
         session.load(checkpoint)
-        session.evaluate(session.tests(), checkpoint.name)
+        tests = session.tests()
+        session.evaluate(dict(zip(tests, session.staged([*tests.values()]), strict=True)), checkpoint.name)
     return _draw(runs, options.out) if session.leader and len(found) > 1 else 0
 
 

@@ -4,14 +4,17 @@ The entry points are thin over this and dist_fair.training; the engine below kno
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
 from dist_fair.data.loading import Loader, evaluation_loader
 from dist_fair.data.reading import Reader, counts_by_group
+from dist_fair.data.staging import Staging
 from dist_fair.engine import checkpoint
 from dist_fair.engine.assembly import assemble, evaluation_indexes, prepare_demo, vocabulary
 from dist_fair.engine.evaluation import evaluate_all
@@ -67,6 +70,24 @@ class Session:
             for index in indexes.values():
                 self._reader(index).check()
         return indexes
+
+    def staged(self, indexes: Sequence[Index], rows: Sequence[np.ndarray | None] | None = None) -> list[Index]:
+        """The indexes, to be read from each node's local disk if data.stage_to says so: see `Staging`. On every rank.
+
+        Raises Preempted, on every rank, where it was asked to stop: whole shards stay for the next start.
+        """
+        if self.recipe.data.stage_to is None:
+            return [*indexes]
+        self.comm.place = "staging"
+        staging = Staging(self.recipe.data.stage_to, indexes, self.comm, rows)
+        shown = self.leader and staging.megabytes > 0
+        with Progress(staging.megabytes, "stage", shown, every=10, unit="MB") as progress:
+
+            def report(megabytes: int, **nodes: int) -> None:
+                progress.step(megabytes, **nodes)
+                self.invocation.preemption.check(self.comm)
+
+            return staging.run(report)
 
     def evaluate(self, tests: Mapping[str, Index], source: str) -> dict[str, dict]:
         """Scores and judges data sets, writes what a run leaves behind, prints the table; reports on the leader.

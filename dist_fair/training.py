@@ -46,6 +46,7 @@ class Training(Session):
     def run(self) -> None:
         """Trains; evaluates if the run's last step is done and the recipe wants it. W&B sees both."""
         self._take_folder()
+        self._stage()
         wandb = self._wandb()
         try:
             if self.train(wandb) and self.planned_tests:
@@ -56,6 +57,13 @@ class Training(Session):
             wandb.finish(failed=not isinstance(error, Preempted))
             raise
         wandb.finish()
+
+    def _stage(self) -> None:
+        """From here on shards are read from the node's local disk, if data.stage_to says so."""
+        whole = self.recipe.data.bad_samples == "substitute"  # any sample may have to stand in for another
+        read = [None if whole else self.parts.plan.samples, *(None for _ in self.planned_tests)]
+        training, *tests = self.staged([self.parts.index, *self.planned_tests.values()], read)
+        self.reader, self.planned_tests = self._reader(training), dict(zip(self.planned_tests, tests, strict=True))
 
     def train(self, wandb: WandbLog) -> bool:
         """Trains from the checkpoint found or from the start. True if the run's last step is done."""
