@@ -84,11 +84,11 @@ def wandb(site: Site) -> Verdict | None:
     from dist_fair.reporting import wandb_log
 
     chosen = site.resolved.recipe.wandb.mode if site.resolved else "auto"
-    mode = wandb_log._automatic() if chosen == "auto" else chosen
+    mode = wandb_log.automatic() if chosen == "auto" else chosen
     how = f"{mode} (wandb.mode={chosen})"
     if mode != "online":
         return ok("W&B", f"{how}; `wandb sync` uploads it later" if mode == "offline" else how)
-    if not wandb_log._has_key():
+    if not wandb_log.has_key():
         return problem("W&B", f"{how} without a key", "wandb login, or WANDB_API_KEY; or wandb.mode=offline")
     address = urlsplit(site.environment.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     if any(site.environment.get(name) for name in ("HTTPS_PROXY", "https_proxy")):

@@ -36,7 +36,7 @@ class WandbLog:
     ):
         if mode not in MODES:
             raise DistFairError(f"wandb.mode={mode}: {nearest(str(mode), [*MODES])}")
-        self.mode = _automatic() if mode == "auto" else mode
+        self.mode = automatic() if mode == "auto" else mode
         self._run = None
         if self.mode == "disabled":
             return
@@ -85,14 +85,14 @@ def _start(mode: str, run: Mapping):
     return wandb.init(mode=mode, settings=wandb.Settings(**settings), **run)
 
 
-def _automatic() -> str:
+def automatic() -> str:
     told = os.environ.get("WANDB_MODE", "")
     if told in ("online", "offline", "disabled"):
         return told
-    return "online" if _has_key() else "offline"
+    return "online" if has_key() else "offline"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B would find a key without asking: the places its login reads."""
     if os.environ.get("WANDB_API_KEY"):
         return True

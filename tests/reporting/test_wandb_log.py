@@ -4,7 +4,7 @@ import types
 import pytest
 
 from dist_fair.errors import DistFairError
-from dist_fair.reporting.wandb_log import WandbLog, _automatic
+from dist_fair.reporting.wandb_log import WandbLog, automatic
 
 
 @pytest.fixture(autouse=True)
@@ -56,20 +56,20 @@ def fake(monkeypatch, init):
 
 
 def test_a_key_makes_auto_online(monkeypatch, tmp_path):
-    assert _automatic() == "offline"
+    assert automatic() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert _automatic() == "online"
+    assert automatic() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert _automatic() == "disabled"
+    assert automatic() == "disabled"
 
 
 def test_a_key_in_netrc_makes_auto_online(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")
-    assert _automatic() == "online"
+    assert automatic() == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert _automatic() == "offline"
+    assert automatic() == "offline"
     (tmp_path / "netrc").write_text("machine torn")
-    assert _automatic() == "offline"
+    assert automatic() == "offline"
 
 
 def test_everything_is_passed_on(monkeypatch, tmp_path):
