@@ -86,6 +86,7 @@ def _start(mode: str, run: Mapping):
 
 
 def automatic() -> str:
+    """The mode that "auto" stands for: what WANDB_MODE says, else online with a key and offline without."""
     told = os.environ.get("WANDB_MODE", "")
     if told in ("online", "offline", "disabled"):
         return told
