@@ -4,8 +4,7 @@
         job = cluster.submit("slurm/train.sh", "recipe=erm", "out=/tmp/run", flags=["--nodes=2"], cwd=folder)
         cluster.wait(job, "COMPLETED")
 
-Nodes n1 to n4 have 4 CPUs and 4 GPUs each on paper. Jobs of partition `high` pre-empt those of `main`. No accounting,
-no cgroups, no systemd; root or not.
+Nodes n1 to n4 have 4 CPUs and 4 GPUs each on paper. Jobs of partition `high` pre-empt those of `main`. Root or not.
 """
 
 import contextlib
@@ -64,7 +63,7 @@ JobRequeue=1
 SlurmctldTimeout=10
 SlurmdTimeout=5
 InactiveLimit=0
-KillWait={kill_wait}
+KillWait=5
 MinJobAge=3600
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -86,9 +85,7 @@ def missing() -> str:
 class Cluster:
     """A running cluster. Everything it started, jobs' processes too, is gone when its context ends, or its process."""
 
-    def __init__(self, kill_wait: int = 5):
-        """kill_wait: seconds from a job's SIGTERM to its SIGKILL."""
-        self.kill_wait = kill_wait
+    def __init__(self):
         self._daemons: dict[str, subprocess.Popen] = {}
         self._hurried: set[tuple[int, str]] = set()
 
@@ -132,7 +129,7 @@ class Cluster:
     def wait(self, number: int, *states: str, timeout: float = 120) -> dict[str, str]:
         """The job's fields once it is in one of the states. Raises where it ends in another one or is late.
 
-        Jobs that were requeued meanwhile start again after 2 s.
+        Jobs that were requeued meanwhile start again after 3 s.
         """
 
         def there() -> dict[str, str] | None:
@@ -147,13 +144,13 @@ class Cluster:
         return self.until(there, f"job {number} to be {' or '.join(states)}", timeout, number)
 
     def until(self, true, what: str, timeout: float = 60, number: int | None = None):
-        """The first true answer of `true()`, asked ten times a second; TimeoutError, with a job's output, if late."""
+        """The first true answer of `true()`, asked four times a second; TimeoutError, with a job's output, if late."""
         deadline = time.monotonic() + timeout
         while not (answer := true()):
             if time.monotonic() > deadline:
                 said = self._said(self.job(number)) if number else ""
                 raise TimeoutError(f"waited {timeout:g} s for {what}\n{said}")
-            time.sleep(0.1)
+            time.sleep(0.25)
         return answer
 
     def ranks(self, number: int) -> dict[int, int]:
@@ -174,7 +171,7 @@ class Cluster:
         for number, job in jobs.items():
             start = number, job["Restarts"]
             if job["JobState"] == "PENDING" and job["Restarts"] != "0" and start not in self._hurried:
-                self.run("scontrol", "update", f"jobid={number}", "starttime=now+2")
+                self.run("scontrol", "update", f"jobid={number}", "starttime=now+3")
                 self._hurried.add(start)
 
     @staticmethod
@@ -217,7 +214,7 @@ class Cluster:
         # Two clusters on one machine have different job numbers, hence different ports of their runs.
         (self.folder / "slurm.conf").write_text(CONFIG.lstrip().format(
             host=socket.gethostname().split(".")[0], port=port, node_ports=f"{port + 1}-{port + len(NODES)}",
-            user=self.run("id", "-un").strip(), folder=self.folder, first=port, kill_wait=self.kill_wait,
+            user=self.run("id", "-un").strip(), folder=self.folder, first=port,
         ))  # fmt: skip
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={self.folder}/gpu[0-3]\n")
         key = self.folder / "munge.key"
