@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from dist_fair import cli
 from dist_fair.engine.run_lock import NAME, RunLock
@@ -48,6 +49,12 @@ def codes(ended):
 
 def steps_kept(run):
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def masked(run, step):
+    """How many channels a checkpoint has masked; the iterations are before steps 2 and 4."""
+    mask = load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")["detector.channel_mask"]
+    return int((mask == 0).sum())
 
 
 def assert_same(run, undisturbed):
@@ -97,6 +104,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(command, run, undisturbed, 
     assert codes(stopped) == [Exit.PREEMPTED] * 2, [one.said for one in stopped]
     assert f"{told}; the same command goes on\n" in stopped[0].said
     assert steps_kept(run) == kept
+    assert masked(run, 4) == masked(undisturbed, 3) > 0
     assert codes(endings(1, command)) == [0]
     assert_same(run, undisturbed)
 
