@@ -70,6 +70,12 @@ class Run:
                 raise DistFairError(f"{self.folder}: {key} ({resolved.provenance[key]}): {reason}")
         return resolved
 
+    @cached_property
+    def steps(self) -> int:
+        """How many it trains for; epochs are steps only beside the data."""
+        recipe = self.resolved.recipe
+        return recipe.train.steps or total_steps(recipe, training_plan(recipe, training_index(recipe)))
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -173,13 +179,10 @@ def finished(run: Run) -> bool:
     found, recipe = RunFolder(run.folder).reports(), run.resolved.recipe
     if not found:
         return False
-    steps = recipe.train.steps
-    if steps is None:  # epochs are steps only beside the data
-        steps = total_steps(recipe, training_plan(recipe, training_index(recipe)))
     reports = [found.get(name) for name in dataset_names(recipe.data.eval).values()]
     return all(
         report is not None
-        and report["checkpoint"] == checkpoint.name_of(steps)
+        and report["checkpoint"] == checkpoint.name_of(run.steps)
         and (report["intervals"] or {"replicates": 0})["replicates"] == recipe.evaluation.bootstrap
         for report in reports
     )

@@ -24,6 +24,7 @@ from dist_fair.studies.runs import Failure, Run, finished, stop_signals, stopped
 
 POLL = 10.0  # seconds between looks at the queue
 GONE = 3  # looks in a row at which a job is not in the queue, until it is taken for ended
+QUOTED = 3  # logs of a failed run, beside that of rank 0; other ranks say nothing that rank 0 says
 TIMEOUTS = 1000  # of a job, each of which requeues it: a run ends by its steps, not by the time limit
 
 
@@ -155,11 +156,12 @@ def _watch(jobs: dict[Run, str], total: int) -> list[Failure]:
 
 
 def failure(run: Run, job: str) -> Failure:
-    """How a job ended that left its run unfinished; quoted are the run's logs, else what submitit kept of the job."""
+    """How a job ended that left its run unfinished; quoted are the ranks' logs, else what submitit kept of the job."""
     told = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True).stdout
     state, code = (re.search(rf"{key}=(\S+)", told) for key in ("JobState", "ExitCode"))
     ending = f"{state[1]}, exit code {code[1].partition(':')[0]}" if state and code else "no longer in the queue"
-    logs = [run.log] if run.log.is_file() else [*(run.folder.parent / ".slurm").glob(f"{job}_0_log.*")]
+    others = sorted(run.log.parent.glob(f"{run.log.name}.*"))[:QUOTED]
+    logs = [run.log, *others] if run.log.is_file() else [*(run.folder.parent / ".slurm").glob(f"{job}_0_log.*")]
     return Failure(run, f"job {job}: {ending}", tuple(logs))
 
 
