@@ -3,7 +3,8 @@
 The state of a detector with AdamW's moments is saved every few steps: `synchronous` waits for the write in each save,
 as `torch.save` does; `background` goes on while a thread writes. The stall is the time in `save` (and, synchronous, in
 `finish`); what the thread costs the steps beside it, by taking turns on the cores, is in `steps beside a write`: the
-time of a step while a write is in flight over that of one while none is.
+time of a step while a write is in flight over that of one while none is. `read in steps`: what a run that resumes
+waits for its newest checkpoint, hashes and all, from the memory of the system.
 
 By the clock, for waiting is what is measured; medians over rounds that measure each way once, with the spread of the
 middle 60 per cent. About four minutes on two cores. Prints Markdown and writes it to
@@ -57,8 +58,8 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("cpu", "resnet18", 64, 8, 20, 6),
-    Setting("cpu", "resnet50", 64, 8, 20, 4),
+    Setting("cpu", "resnet18", 64, 8, 10, 6),
+    Setting("cpu", "resnet50", 64, 8, 10, 4),
     Setting("cuda", "resnet50", 224, 64, 100, 20),
 )
 
@@ -135,24 +136,32 @@ def rows(setting: Setting, rounds: int | None, folder: Path | None) -> list[list
     try:
         found = measured(setting, rounds or setting.rounds, root)
         size = sum(path.stat().st_size for path in checkpoint.newest(root).iterdir()) / 2**20
+        read = [seconds_to_read(checkpoint.newest(root)) for _ in range(3)]
     finally:
         shutil.rmtree(root, ignore_errors=True)
     stalls = {way: np.array([one.stall for one in times]) for way, times in found.items()}
-    alone = np.array([np.median([step for way in found for step in found[way][number].alone] or [np.nan])
-                      for number in range(len(stalls[BACKGROUND]))])  # fmt: skip
-    step = np.nanmedian(alone)
+    step = np.median([taken for way in found for one in found[way] for taken in one.alone])
     beside = np.array([taken / step for one in found[BACKGROUND] for taken in one.beside])
     start = [setting.device, setting.detector, str(setting.pixels), str(setting.batch), f"{size:,.0f}"]
+    last = {SYNCHRONOUS: "-", BACKGROUND: ratio_cells(beside, 2)[0] if len(beside) else "-"}
     return [[*start, way, f"{np.median(stall) * 1e3:,.0f}", *ratio_cells(stall / step, 2),
-             *ratio_cells(stall / stalls[SYNCHRONOUS], 3),
-             ratio_cells(beside, 2)[0] if way == BACKGROUND and len(beside) else "-"]
+             *ratio_cells(stall / stalls[SYNCHRONOUS], 3), last[way], f"{np.median(read) / step:.2f}"]
             for way, stall in stalls.items()]  # fmt: skip
+
+
+def seconds_to_read(folder: Path) -> float:
+    """How long a resume takes to have a checkpoint's tensors, checked."""
+    began = time.perf_counter()
+    found = checkpoint.read(folder)
+    for part in checkpoint.PARTS:
+        found.tensors(part)
+    return time.perf_counter() - began
 
 
 def report(devices: Sequence[str], rounds: int | None, folder: Path | None) -> str:
     """The table of all settings on these devices."""
     header = ("device", "detector", "pixels", "batch", "MiB", "write", "stall ms", "stall in steps", "20 to 80 %",
-              "of synchronous", " 20 to 80 %", "steps beside a write")  # fmt: skip
+              "of synchronous", " 20 to 80 %", "steps beside a write", "read in steps")  # fmt: skip
     found = [row for setting in SETTINGS if setting.device in devices for row in rows(setting, rounds, folder)]
     missing = [f"{one.detector} on {one.device}" for one in SETTINGS if one.device not in devices]
     left_out = f"\nLeft out: {'; '.join(missing)}.\n" if missing else ""

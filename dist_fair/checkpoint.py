@@ -85,7 +85,8 @@ def _fault(checkpoint: "Checkpoint") -> str | None:
 
 def _summary(checkpoint: "Checkpoint", fault: str | None) -> tuple[str, ...]:
     writer, files = checkpoint.writer, [checkpoint.folder / name for name in checkpoint.files]
-    by = f"{writer['ranks']} x {writer['backend']}, torch {writer['torch']}" if "torch" in writer else "-"
+    ranks, backend, version = (writer.get(key, "?") for key in ("ranks", "backend", "torch"))
+    by = f"{ranks} x {backend}, torch {version}" if writer else "-"
     size = sum(path.stat().st_size for path in files if path.is_file()) / 2**20
     form, count = str(checkpoint.format), str(len(files))
     return checkpoint.folder.name, form, by, count, f"{size:,.1f}", "damaged" if fault else "ok"

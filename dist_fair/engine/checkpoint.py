@@ -128,10 +128,11 @@ def look(folder: Path) -> Checkpoint:
             raise ValueError(f"{str(step)[:20]} is no step")
         if not all(isinstance(one, dict) for one in (recipe, values, writer)):
             raise ValueError("recipe, values and writer are not objects")
+        values = {name: float(value) for name, value in values.items()}
         return Checkpoint(folder, state["format"], step, recipe, values, writer, _files(state))
     except KeyError as error:
         raise DamagedError(f"{folder} is no checkpoint of dist_fair: state.json lacks {str(error)[:80]}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedError(f"{folder} is no checkpoint of dist_fair: state.json: {str(error)[:200]}") from None
 
 

@@ -111,7 +111,7 @@ class Best:
                 value = checkpoint.look(folder).values.get(self.name)
             except checkpoint.DamagedError:
                 continue
-            if isinstance(value, int | float) and math.isfinite(value):
+            if value is not None and math.isfinite(value):
                 found.append((sign * value, folder))
         if not found:
             return None

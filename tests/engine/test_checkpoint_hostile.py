@@ -60,6 +60,8 @@ HOSTILE = {
     "a step that is true": (lambda state: state.update(step=True), "True is no step"),
     "a step that is text": (lambda state: state.update(step="3"), "3 is no step"),
     "recipe is a list": (lambda state: state.update(recipe=[]), "are not objects"),
+    "values are words": (lambda state: state.update(values={"loss": "x"}), "state.json: could not convert"),
+    "values without end": (lambda state: state.update(values={"loss": 10**400}), "state.json: int too large"),
     "a list": (lambda state: [state], "not an object"),
     "format is a list": (lambda state: state.update(format=[[]]), "has format"),
     "format of the future": (lambda state: state.update(format=99), "format 99; this version reads"),
