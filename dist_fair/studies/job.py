@@ -78,11 +78,15 @@ def running(job: str) -> bool:
 
 
 def _rendezvous() -> dict[str, str]:
-    """torch's names for who this rank is and where rank 0 waits."""
+    """torch's names for who this rank is and where rank 0 waits.
+
+    As in slurm/job.sh, at another port after each requeue: what is left of the last start may still hold its port.
+    """
     torch = TorchDistributedEnvironment()
+    job, start = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
     return {
         "MASTER_ADDR": _address(torch.master_addr),
-        "MASTER_PORT": str(torch.master_port),
+        "MASTER_PORT": str(10000 + (job + 7919 * start) % 20000),
         "RANK": str(torch.rank),
         "WORLD_SIZE": str(torch.world_size),
         "LOCAL_RANK": str(torch.local_rank),
