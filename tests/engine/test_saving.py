@@ -135,6 +135,18 @@ def test_a_best_by_a_number_that_steps_do_not_tell_is_refused_and_nothing_is_los
     assert checkpoint.newest(tmp_path).name == checkpoint.name_of(7)
 
 
+def test_a_tensor_that_the_module_does_not_name_is_written_too(tmp_path):
+    class Tied(Whole):
+        def state(self, owned):
+            parts = super().state(owned)
+            return parts | {"model": parts["model"] | ({"tied": torch.ones(2)} if owned("tied") else {})}
+
+    chosen = saver(tmp_path, Communicator())
+    chosen.save(1, Tied())
+    chosen.finish()
+    assert "tied" in checkpoint.read(tmp_path / checkpoint.name_of(1)).tensors("model")
+
+
 def test_dealing_is_even_and_the_same_in_any_order():
     found = sizes(Whole().module)
     assert found == {name: tensor.nbytes for name, tensor in Whole().module.state_dict().items()}
