@@ -27,7 +27,7 @@ from dist_fair.recipe.schema import Optimizer, Schedule, Train
 from tests.engine import accumulation_worlds as worlds
 from tests.engine import planted_backend_bugs
 
-STEPS = 4
+STEPS = 3
 BOTH = worlds.BOTH
 RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 12, 16], "stem_type": "deep", "stem_width": 4, "smooth": True}
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2}
@@ -55,6 +55,7 @@ class Task:
     train: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=lambda: {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05})
     bug: str | None = None
+    misfits: bool = False  # what `misfits` says of it, instead
 
     def chosen(self):
         return Optimizer(**self.optimizer)
@@ -65,7 +66,7 @@ def run(comm, tasks):
     rank, world = str(comm.rank), str(comm.world)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, OMP_NUM_THREADS="1")
     with mock.patch.object(torch.cuda, "device_count", return_value=0):
-        return [one_run(comm, task) for task in tasks]
+        return [misfits(comm, task) if task.misfits else one_run(comm, task) for task in tasks]
 
 
 def one_run(comm, task):
@@ -170,17 +171,11 @@ def tensors_of(result):
             for part in ("model", "optimizer")}  # fmt: skip
 
 
-def misfits(comm, names):
-    """{backend: {what does not fit: the refusal}}, and what "changed"."""
-    results = run(comm, [Task(name, stop=2) for name in names])
-    with mock.patch.object(torch.cuda, "device_count", return_value=0):
-        return {name: _misfits(comm, name, tensors_of(result)) for name, result in zip(names, results, strict=True)}
-
-
-def _misfits(comm, name, state):
-    settings = Train(backend=name)
-    module = made("erm", worlds.plan("plain"), comm, settings)
-    backend, bias = shared(settings, module, Task().chosen()), "detector.classifier.bias"
+def misfits(comm, task):
+    """{what does not fit: the refusal}, and what "changed", of a backend that was given states of its own run."""
+    settings, state = Train(backend=task.backend), tensors_of(one_run(comm, task))
+    module = made(task.case, worlds.plan("plain"), comm, settings)
+    backend, bias = shared(settings, module, task.chosen()), "detector.classifier.bias"
     before, texts = backend.state(lambda name: True), {}
     for fault, part, key, value in (
         ("a tensor less", "model", bias, None),
@@ -198,4 +193,4 @@ def _misfits(comm, name, state):
             texts[fault] = str(error)
     after, nothing = backend.state(lambda name: True)["model"], torch.zeros(0)
     changed = [key for key, value in before["model"].items() if not torch.equal(value, after.get(key, nothing))]
-    return texts | {"changed": changed}
+    return {"refusals": texts, "changed": changed}

@@ -28,19 +28,17 @@ CASES = {
 }
 GRID = [(case, backend) for case in CASES for backend in SHARDED if backend == "fsdp" or "climbing" not in case]
 TWICE = ("pg_fdd_frozen in two as one", "tokens run again")
-QUICK = [
-    *((case, backend) for case in ("sfd_gda by sgd", "daid in two") for backend in SHARDED),
-    *((case, backend) for case in TWICE for backend in ("fsdp", "zero3")),
-    ("erm climbing in fp64", "fsdp"),
-]
+QUICK = [*(("daid in two", backend) for backend in SHARDED), ("erm climbing in fp64", "fsdp"),
+         *((case, backend) for case in ("sfd_gda by sgd", *TWICE) for backend in ("fsdp", "zero3"))]  # fmt: skip
 OFFLOADED = ("fsdp", "zero2", "zero3")
 BUCKETED = ("zero2", "zero3")
+REFUSING = ("ddp", "fsdp", "zero3")
 # Backends on 1, 2 and 4 ranks, of which each goes on from the state of the one before.
 RELAYS = [("ddp", "fsdp", "zero3"), ("zero3", "zero2", "fsdp"), ("fsdp", "ddp", "zero1")]
 RELAYED = "daid in two"
-# What tells of a bug: numbers of the run "erm", or of its second half, which goes on from a state.
+# What tells of a bug: the first norm of the run "erm", or its later losses where it goes on from a state.
 BUGS = {"gradients_summed": "norms", "norm_of_own_part": "norms", "buffers_left_behind": "channel_mask",
-        "moments_of_the_next_rank": "second half", "steps_one_ahead": "second half"}  # fmt: skip
+        "moments_of_the_next_rank": "later losses", "steps_one_ahead": "later losses"}  # fmt: skip
 BUGGY = [("gradients_summed", "fsdp"), ("gradients_summed", "zero1"), ("gradients_summed", "zero2"),
          ("norm_of_own_part", "fsdp"), ("norm_of_own_part", "zero3"), ("buffers_left_behind", "zero3"),
          ("moments_of_the_next_rank", "fsdp"), ("moments_of_the_next_rank", "zero2"),
@@ -55,14 +53,16 @@ def together(world, tasks):
     """{name: result} of {name: task}; the ranks must end with the same state."""
     first, *others = run_ranks(world, worlds.run, [*tasks.values()], timeout=600)
     for result, *rest in zip(first, *others, strict=True):
-        assert all(np.array_equal(result["model"][name], one["model"][name]) for one in rest for name in one["model"])
+        assert "model" not in result or all(
+            np.array_equal(result["model"][name], one["model"][name]) for one in rest for name in one["model"]
+        )
     return dict(zip(tasks, first, strict=True))
 
 
 @pytest.fixture(scope="module")
 def runs():
     """{(number of ranks, name): result}"""
-    one = {case: task(case) for case in CASES if case != "pg_fdd"} | {"begun": task("erm", stop=2)}
+    one = {case: task(case) for case in CASES if case != "pg_fdd"} | {"begun": task("erm", stop=1)}
     one |= {relay: task(RELAYED, relay[0], stop=1) for relay in RELAYS}
     found = {(1, name): result for name, result in together(1, one).items()}
 
@@ -70,10 +70,11 @@ def runs():
     two |= {("offload", backend): task("erm", backend, train={"offload": True}) for backend in OFFLOADED}
     two |= {("buckets", backend): task("erm", backend, bug="small_buckets") for backend in BUCKETED}
     two |= {relay: task(RELAYED, relay[1], stop=2, start=found[1, relay]) for relay in RELAYS}
+    two |= {("misfits", backend): task("erm", backend, misfits=True, stop=1) for backend in REFUSING}
     for bug, backend in BUGGY:
-        start = found[1, "begun"] if BUGS[bug] == "second half" else None
+        start = found[1, "begun"] if BUGS[bug] == "later losses" else None
         case = "sfd_gda by sgd" if BUGS[bug] == "channel_mask" else "erm"
-        two[bug, backend] = task(case, backend, bug=bug, start=start)
+        two[bug, backend] = task(case, backend, bug=bug, start=start, stop=1 if BUGS[bug] == "norms" else worlds.STEPS)
     found |= {(2, name): result for name, result in together(2, two).items()}
 
     four = {relay: task(RELAYED, relay[2], start=found[2, relay]) for relay in RELAYS}
@@ -109,10 +110,10 @@ def test_a_planted_bug_is_noticed(runs, bug, backend):
         masks = [run["model"]["detector.channel_mask"] for run in (runs[1, "sfd_gda by sgd"], found)]
         assert (masks[0] == 0).any()
         assert (masks[1] == 1).all()
-    elif sign == "second half":
-        assert apart(runs[1, "erm"]["losses"][2:], found["losses"]) > 10 * TOLERANCE
+    elif sign == "later losses":
+        assert apart(runs[1, "erm"]["losses"][1:], found["losses"]) > 10 * TOLERANCE
     else:
-        assert apart(runs[1, "erm"][sign], found[sign]) > 10 * TOLERANCE
+        assert apart(runs[1, "erm"]["norms"][:1], found["norms"]) > 0.1
 
 
 @pytest.mark.long
@@ -137,14 +138,15 @@ def test_each_says_what_a_rank_holds(runs):
     assert "gradients and weights of" in told["zero3"]
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
-    for backend, texts in run_ranks(2, worlds.misfits, ("ddp", *SHARDED))[0].items():
-        assert "missing ['detector.classifier.bias']" in texts["a tensor less"], backend
-        assert "'detector.classifier.bias' is float32 (3,), the recipe has float32 (2,)" in texts["another shape"]
-        assert "'exp_avg/detector.classifier.bias' is float32 (3,)" in texts["another moment"]
-        assert "it has 'exp_avg/detector.other'" in texts["a moment more"]
-        assert "it is damaged" in texts["a moment less"]
-        assert texts["changed"] == [], backend
+@pytest.mark.parametrize("backend", REFUSING)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(runs, backend):
+    texts = runs[2, ("misfits", backend)]["refusals"]
+    assert "missing ['detector.classifier.bias']" in texts["a tensor less"]
+    assert "'detector.classifier.bias' is float32 (3,), the recipe has float32 (2,)" in texts["another shape"]
+    assert "'exp_avg/detector.classifier.bias' is float32 (3,)" in texts["another moment"]
+    assert "it has 'exp_avg/detector.other'" in texts["a moment more"]
+    assert "it is damaged" in texts["a moment less"]
+    assert runs[2, ("misfits", backend)]["changed"] == []
 
 
 def assert_same(one, other, tolerance=TOLERANCE):

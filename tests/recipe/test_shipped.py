@@ -18,12 +18,12 @@ data.augment.jpeg data.augment.jpeg_quality
 detector.name detector.pretrained detector.norm detector.init_from detector.arguments
 interventions
 train.steps train.epochs train.stop_after train.batch_size train.accumulate train.accumulate_exact
-train.precision train.backend train.ranks
+train.precision train.backend train.offload train.checkpoint_activations train.ranks
 train.clip
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.momentum optimizer.arguments
 optimizer.sam.rho optimizer.sam.adaptive optimizer.sam.scope
 schedule.name schedule.warmup schedule.floor schedule.every schedule.factor
-checkpoint.every checkpoint.keep
+checkpoint.every checkpoint.keep checkpoint.best
 resume
 evaluation.at_end evaluation.batch_size evaluation.bootstrap evaluation.figures
 wandb.mode wandb.project wandb.name wandb.tags

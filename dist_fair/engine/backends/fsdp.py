@@ -66,7 +66,7 @@ class Fsdp(Sharded):
                 f"{len(self.blocks)} blocks")  # fmt: skip
 
     def _held(self) -> int:
-        return sum(parameter.to_local().numel() for parameter in self.module.parameters())
+        return sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in self.module.parameters())
 
     def _prove(self) -> None:
         plain = [name for name, parameter in self.module.named_parameters() if not isinstance(parameter, DTensor)]

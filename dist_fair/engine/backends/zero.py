@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from dist_fair.data.window import Window
 from dist_fair.engine.backends.base import MakeOptimizer, Tensors
@@ -59,17 +58,20 @@ class Zero(Sharded):
         join_alone(self.device)
         open_output(module)
         self.optimizer = make_optimizer(module)
-        self.engine, *_ = _deepspeed(self.device).initialize(
+        deepspeed = _deepspeed(self.device)
+        self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=_configuration(stage, offload, self.total)
         )
+        self.entered = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
         self.parts = {parameter: self._part(parameter) for parameter in module.parameters() if parameter.requires_grad}
         self._prove()
 
     def differentiate(self, window: Window, progress: float, share: float, last: bool) -> Losses:
         self.engine.set_gradient_accumulation_boundary(last)
-        with set_checkpoint_early_stop(False):  # a module that is entered again must be left again: its hooks count
-            loss, losses = self.engine(window, progress)
+        entered = len(self.entered)
+        loss, losses = self.engine(window, progress)
         self.engine.backward(loss * share)
+        del self.entered[entered:]  # a module that backward runs again is left halfway, before its entry is taken out
         return losses
 
     def step(self) -> None:
