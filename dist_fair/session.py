@@ -61,7 +61,7 @@ class Session:
     def load(self, source: Path) -> None:
         """Takes the weights of a checkpoint."""
         with on_all_ranks():
-            checkpoint.load_model(self.module, checkpoint.read(source).tensors("model"), source)
+            checkpoint.load_model(self.module, checkpoint.read(source, ("model",)).tensors("model"), source)
 
     def tests(self) -> dict[str, Index]:
         """The evaluation sets of the recipe by name, checked."""

@@ -172,6 +172,7 @@ class Trainer:
         ]
         names = [name for part in self.comm.objects(own, "non-finite samples") for name in part]
         found = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
+        self.saver.finish()
         last = checkpoint.newest(self.saver.folder)
         error = DistFairError(
             f"step {self.step}: {', '.join(f'{name} {value}' for name, value in watched.items())}: stopped before they "

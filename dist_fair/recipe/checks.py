@@ -43,6 +43,7 @@ def check(recipe: Recipe, say: Callable[[str], str] = str) -> None:
     if data.lanes and (train.batch_size // train.accumulate) % data.lanes:
         raise DistFairError(f"{say('data.lanes')} does not divide train.batch_size / train.accumulate "
                             f"= {train.batch_size // train.accumulate}")  # fmt: skip
+    recipe.checkpoint.criterion()
     _check_effect(recipe, say)
 
 

@@ -73,22 +73,35 @@ def flipped(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [flipped, Path.unlink, lambda path: os.truncate(path, 50)], ids=["bit", "gone", "cut"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_damaged_checkpoint(train, run, name, harm, capsys):
-    path = run / "checkpoints" / "step-00000003" / name
-    harm(path)
+def test_a_damaged_checkpoint_that_is_named_or_alone(train, run, name, harm, capsys):
+    newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (3, 2))
+    harm(newest / name)
+    error = untouched(run, lambda: train(f"out={run}", f"resume={newest}"))
+    assert f"{newest / name} is missing or damaged" in error
+    harm(older / name)
     error = untouched(run, lambda: train(f"out={run}"))
-    assert f"{path} is missing or damaged" in error
+    assert f"no checkpoint in {run / 'checkpoints'} is whole" in error
     assert "resume=PATH" in error
     if name == "model.safetensors":
         assert cli.main(["evaluate", str(run)]) == 2
-        assert f"{path} is missing or damaged" in capsys.readouterr().err
+        assert f"{newest / name} is missing or damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_a_whole_one(train, run, finished):
+    path = run / "checkpoints" / "step-00000003" / "model.safetensors"
+    flipped(path)
+    code, out, _ = train(f"out={run}")
+    assert code == 0
+    assert f"warning: {path} is missing or damaged" in out
+    assert "going on from step-00000002" in out
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(finished)]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"step": 3}', '{"step": 3, "recipe": {}, "sha256": {}, "format": 99}'])
 def test_a_damaged_state_of_a_checkpoint(train, run, text):
     path = run / "checkpoints" / "step-00000003" / "state.json"
     path.write_text(text)
-    error = untouched(run, lambda: train(f"out={run}"))
+    error = untouched(run, lambda: train(f"out={run}", f"resume={path.parent}"))
     assert f"{path.parent}" in error
     assert "state.json" in error
 

@@ -37,7 +37,8 @@ class Ddp(Backend):
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self, owned: Callable[[str], bool]) -> dict[str, Tensors]:
-        model = {name: value.detach().to("cpu", copy=True) for name, value in self.module.state_dict().items() if owned(name)}
+        whole = self.module.state_dict()
+        model = {name: value.detach().to("cpu", copy=True) for name, value in whole.items() if owned(name)}
         return {"model": model, "optimizer": checkpoint.optimizer_tensors(self.module, self.optimizer, owned)}
 
     def load(self, model: Tensors, optimizer: Tensors, source: Path) -> None:
