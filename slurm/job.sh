@@ -28,7 +28,8 @@ run_ranks() {
     unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPU_BIND
     say "start $start: $((SLURM_JOB_NUM_NODES * ranks)) ranks on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT," \
         "the others' output in $DIST_FAIR_LOGS"
-    exec {sink}> >(exec tee "$DIST_FAIR_LOGS/errors.log" >&2)
+    # Slurm signals this too, and without it srun could not say how the ranks end.
+    exec {sink}> >(trap "" USR1 USR2 TERM && exec tee "$DIST_FAIR_LOGS/errors.log" >&2)
     local tee=$!
     supervise srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) --ntasks-per-node="$ranks" \
         "${placing[@]}" --export=ALL --kill-on-bad-exit=1 bash "$here/rank.sh" "${python[@]}" -m "dist_fair.$verb" "$@" 2>&"$sink"

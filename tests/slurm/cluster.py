@@ -161,6 +161,10 @@ class Cluster:
                 found[int(environment["RANK"])] = process  # a rank's loaders have its environment, and larger numbers
         return found
 
+    def at_work(self, number: int) -> bool:
+        """Whether a process of a job runs, the batch script too."""
+        return any(environment.get("SLURM_JOB_ID") == str(number) for _, environment in processes(self.folder))
+
     def _jobs(self) -> dict[int, dict[str, str]]:
         told = self.run("scontrol", "-o", "show", "jobs").splitlines()
         jobs = [dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", line)) for line in told]
@@ -235,7 +239,8 @@ class Cluster:
     def _idle(self) -> bool:
         for name, daemon in self._daemons.items():
             if daemon.poll() is not None:
-                raise RuntimeError(f"{name} ended with {daemon.returncode}:\n{self._log(name)}")
+                said = (self.folder / f"{name}.out").read_text()[-3000:]
+                raise RuntimeError(f"{name} ended with {daemon.returncode}:\n{said}")
         with contextlib.suppress(RuntimeError):  # slurmctld does not listen yet
             return self._nodes("idle") == {*NODES}
         return False
@@ -246,9 +251,6 @@ class Cluster:
                                                    stderr=out, env=self.environment | environment,
                                                    cwd=self.folder,
                                                    start_new_session=True)  # fmt: skip
-
-    def _log(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text()[-3000:]
 
     def _stop(self) -> None:
         self._guard.stdin.close()

@@ -96,6 +96,7 @@ def test_one_rank_per_gpu_or_as_many_as_asked_for(cluster, submit, tmp_path, fla
     cluster.wait(job, "COMPLETED")
     seen = [call["environment"] for call in calls(tmp_path)]
     assert sorted(int(one["RANK"]) for one in seen) == [*range(2 * ranks)]
+    assert not [one for one in seen if {"SLURM_CPUS_PER_GPU", "SLURM_GPUS_PER_TASK"} & one.keys()]  # srun would obey
     assert {(one["OMP_NUM_THREADS"], one["MASTER_ADDR"]) for one in seen} == {(threads, "127.0.0.1")}
     assert ("ranks share 1 CPU(s) of a node" in output(tmp_path, job)) == (
         "--gpus-per-node=2" in flags and threads == "1"
@@ -164,7 +165,7 @@ class Case:
 
 CASES = {
     "stopped in time": Case([{"*": 75}, {}], ("COMPLETED", "0:0"), ["stopped in time, all is saved; requeued"]),
-    "stopped before it listens": Case([{"1": "SIGUSR1", "0": "wait"}, {}], ("COMPLETED", "0:0")),
+    "stopped before it listens": Case([{"1": "SIGUSR1", "0": "wait"}, {}], ("COMPLETED", "0:0"), ["stopped in time"]),
     "cannot be requeued": Case([{"*": 75}], ("FAILED", "75:0"), ["submit it again"], ["--no-requeue"]),
     "refused on every rank": Case([{"*": 2}], ("FAILED", "2:0")),
     # srun ends the other ranks, which then end as if pre-empted
@@ -212,8 +213,10 @@ def test_whatever_stops_the_job_it_starts_again(cluster, submit, tmp_path, event
     job = submit("train.sh", "recipe=erm", told=[{"*": "wait"}, {}])
     cluster.until(lambda: len(calls(tmp_path)) == 2, "the ranks to start", 60, job)
     event(cluster, job)
-    assert cluster.wait(job, "COMPLETED")["Restarts"] == "1"
-    assert [call["start"] for call in calls(tmp_path)] == [0, 0, 1, 1]
+    restarts = int(cluster.wait(job, "COMPLETED")["Restarts"])
+    assert restarts in (1, 2)  # Slurm may try a lost node once more
+    starts = [call["start"] for call in calls(tmp_path)]
+    assert (starts[:2], starts[-2:]) == ([0, 0], [restarts] * 2)
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, submit, tmp_path):
@@ -221,9 +224,10 @@ def test_a_cancelled_job_stays_cancelled(cluster, submit, tmp_path):
     job = submit("train.sh", "recipe=erm", told=[{"*": "wait"}])
     cluster.until(lambda: len(calls(tmp_path)) == 2, "the ranks to start", 60, job)
     cluster.run("scancel", str(job))
-    assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
-    cluster.until(lambda: not cluster.ranks(job), "the ranks to end")
-    assert cluster.job(job)["JobState"] == "CANCELLED"
+    cluster.wait(job, "CANCELLED")
+    cluster.until(lambda: not cluster.at_work(job), "the script to end")
+    assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("CANCELLED", "0")
+    assert "stopped in time, all is saved; ended by Slurm" in output(tmp_path, job)
 
 
 @pytest.mark.long  # Slurm's limits are whole minutes, and it looks every 30 s
