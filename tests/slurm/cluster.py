@@ -65,9 +65,6 @@ SlurmdTimeout=5
 InactiveLimit=0
 KillWait=5
 MinJobAge=3600
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
-JobCompType=jobcomp/none
 MailProg=/bin/true
 GresTypes=gpu
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=4 RealMemory=4000 Gres=gpu:4
