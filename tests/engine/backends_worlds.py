@@ -17,6 +17,7 @@ from dist_fair.data.window import canonical_order, paired
 from dist_fair.detectors import build_detector
 from dist_fair.engine import backends
 from dist_fair.engine.activations import checkpoint_activations
+from dist_fair.engine.backends import zero
 from dist_fair.engine.launch import accelerator
 from dist_fair.engine.loop import Rhythm, Trainer
 from dist_fair.engine.module import TrainingModule
@@ -117,8 +118,9 @@ def made(case, plan, comm, settings):
 
 
 def shared(settings, module, optimizer):
-    """The backend of some settings, on the CPU, where offloading has no effect but goes the same ways."""
-    with mock.patch.object(backends, "refuse_idle_offload"):
+    """The backend of some settings, on the CPU, where offloading has no effect but goes the same ways. ZeRO's buckets
+    are small: several of them, and a tensor that is larger than one."""
+    with mock.patch.object(backends, "refuse_idle_offload"), mock.patch.object(zero, "_BUCKET", 2000):
         return backends.make_backend(settings, module, lambda plain: build_optimizer(plain, optimizer), accelerator())
 
 

@@ -73,11 +73,6 @@ def buffers_left_behind():
     return mock.patch.object(sharded.Whole, "of", unheard)
 
 
-def small_buckets():
-    """No bug: gradients are reduced in several buckets, and one tensor is larger than a bucket."""
-    return mock.patch.object(zero, "_BUCKET", 2000)
-
-
 def _all(*patches):
     stack = ExitStack()
     for patch in patches:

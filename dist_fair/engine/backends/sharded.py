@@ -39,7 +39,7 @@ class Sharded(Backend):
         squares = [torch.linalg.vector_norm(part).to(self.device, torch.float64).square() for part in parts]
         own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
         norm = self.module.comm.sum(own, "gradient norm").sqrt().item()
-        if limit is not None and norm > limit:
+        if parts and limit is not None and norm > limit:
             torch._foreach_mul_(parts, limit / (norm + 1e-6))  # what torch's clip_grad_norm_ multiplies by
         return norm
 
@@ -48,12 +48,12 @@ class Sharded(Backend):
         for name, value in self.module.state_dict().items():
             whole = self._whole(parameters[name]) if name in parameters else value
             if owned(name):
-                model[name] = whole.detach().cpu().clone()
+                model[name] = whole.detach().to("cpu", copy=True)
         for name, parameter in self.module.named_parameters():
             for moment in self._moments(parameter):
                 whole = self._whole(parameter, moment)
                 if owned(name):
-                    moments[f"{moment}/{name}"] = whole.detach().cpu().clone()
+                    moments[f"{moment}/{name}"] = whole.detach().to("cpu", copy=True)
         return {"model": model, "optimizer": moments}
 
     @torch.no_grad()
