@@ -17,6 +17,7 @@ class Exit(IntEnum):
     PREEMPTED = 75, "stopped by SIGUSR1, SIGUSR2 or SIGTERM, checkpointed: the same command goes on"
     FORCED_OUT = 76, "such a signal, but the rank hung: the same command goes on from the last checkpoint"
     INTERRUPTED = 130, "interrupted from the keyboard: the same command goes on from the last checkpoint"
+    UNREAD = 141, "whoever read the output stopped reading"
 
     meaning: str
 

@@ -149,7 +149,8 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
     refuse_batch_statistics(recipe, detector)
     checkpoint_activations(recipe, detector)
     torch.manual_seed(keyed.integer(recipe.seed, "interventions"))
-    facts = Facts(plan.index, plan.frequencies, recipe.seed, steps, detector.channels, paired(plan))
+    facts = Facts(plan.index, plan.frequencies, recipe.seed, steps, detector.channels, paired(plan),
+                  pixel_range(recipe.data))  # fmt: skip
     settings: dict[str, Settings] = recipe.interventions
     interventions, width = build(settings, facts, detector.features)
     if not any(part.terms for part in interventions.values()):
@@ -161,6 +162,12 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
     if chosen.init_from:
         load_detector(module, chosen)
     return module
+
+
+def pixel_range(data: Data) -> tuple[float, float]:
+    """What black and white become under data.mean and data.std, the lowest and the highest over colours."""
+    ends = [(end - mean) / std for mean, std in zip(data.mean, data.std, strict=True) for end in (0.0, 1.0)]
+    return min(ends), max(ends)
 
 
 def extras_needed(recipe: Recipe, index: Index) -> dict[str, int]:

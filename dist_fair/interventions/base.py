@@ -93,6 +93,7 @@ class Facts:
     index: the training data, sample by sample. frequencies: (N,) fp64, how often each of its samples is drawn, as a
     part of all draws of the run (they sum to 1): the tapes may leave samples out or draw some more often than others.
     seed, steps: of the run. channels: C of the feature map. paired: whether each rank has as many reals as fakes.
+    pixels: the lowest and the highest value that an image of the detector can have.
     """
 
     index: Index
@@ -101,6 +102,7 @@ class Facts:
     steps: int
     channels: int
     paired: bool = False
+    pixels: tuple[float, float] = (-1.0, 1.0)
 
     def groups(self, attributes: Sequence[str]) -> Groups:
         """The groups that attributes of the training data form."""

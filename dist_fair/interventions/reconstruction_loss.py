@@ -28,11 +28,11 @@ class ReconstructionLoss(Intervention):
     decides what the image should be: the target is x_i also with the partner's forgery.
 
     Images are taken as the detector gets them. decode gives (-1, 1), which is their range for pixel mean 0.5 and
-    standard deviation 0.5 (Xception's and the paper's) only; what lies beyond with others cannot be reached.
+    standard deviation 0.5 (Xception's and the paper's).
 
     Dropout in decode is drawn anew for each of the two images, keyed by the row and whose forgery it is. Sample weights
     are for the classifier and do not enter. Raises DistFairError unless every rank has as many reals as fakes, lane by
-    lane. Term: reconstruction. Measures: its four summands.
+    lane, and for images beyond the range of decode. Term: reconstruction. Measures: its four summands.
     """
 
     terms = ("reconstruction",)
@@ -57,6 +57,12 @@ class ReconstructionLoss(Intervention):
             raise DistFairError("reconstruction_loss: pairs each real with a fake, but data.tapes do not give every "
                                 "rank as many of both: set data.tapes={real: {label: 0, share: 1}, "
                                 "fake: {label: 1, share: 1}}")  # fmt: skip
+        lowest, highest = facts.pixels
+        if lowest < -1.001 or highest > 1.001:
+            raise DistFairError(
+                f"reconstruction_loss: images from {lowest:.2f} to {highest:.2f}, which a decoder that ends in tanh "
+                "cannot reach: set data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5]"
+            )
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Per half, (2, 3): sums of the mean absolute errors with the own and the partner's forgery, and number."""

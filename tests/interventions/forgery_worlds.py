@@ -56,11 +56,12 @@ def index(manipulations=MANIPULATIONS, unknown=True, size=20):
     return SimpleNamespace(attributes={}, labels=labels, manipulations=Column(manipulations, codes))
 
 
-def build(case, data=None, paired=True, drawn=None):
+def build(case, data=None, paired=True, drawn=None, pixels=(-1.0, 1.0)):
     name, settings = CASES[case] if isinstance(case, str) else case
     kind, data = registered()[name], data or index()
     drawn = np.full(20, 1 / 20) if drawn is None else drawn
-    return kind(kind.Settings(**settings), Facts(data, drawn, seed=5, steps=100, channels=0, paired=paired), 4)
+    facts = Facts(data, drawn, seed=5, steps=100, channels=0, paired=paired, pixels=pixels)
+    return kind(kind.Settings(**settings), facts, 4)
 
 
 def batch(kind="usual", size=SIZE):

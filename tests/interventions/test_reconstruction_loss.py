@@ -6,9 +6,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dist_fair.engine.assembly import pixel_range
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import registered
 from dist_fair.interventions.reconstruction_loss import MEASURES, ReconstructionLoss, partners
+from dist_fair.recipe.schema import Data
 from tests.interventions.cases import combine, parts
 from tests.interventions.exactness import (
     Watched,
@@ -147,3 +149,11 @@ def test_it_wants_pairs_and_a_decoder():
     assert ReconstructionLoss.needs(ReconstructionLoss.Settings(), index()) == {"reconstruction": 0}
     with pytest.raises(DistFairError, match=r"data\.tapes do not give every rank .*data\.tapes=\{real: \{label: 0"):
         build(CASE, paired=False)
+
+
+def test_images_that_no_decoder_of_ours_reaches_are_refused():
+    """ImageNet's mean and standard deviation make black -2.12 and white 2.64."""
+    recipe = Data(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    with pytest.raises(DistFairError, match=r"images from -2\.12 to 2\.64, .*set data\.mean=\[0\.5,0\.5,0\.5\]"):
+        build(CASE, pixels=pixel_range(recipe))
+    build(CASE, pixels=pixel_range(Data()))
