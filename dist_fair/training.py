@@ -71,6 +71,8 @@ class Training(Session):
         scoring = Scoring(self.reader, self.comm.rank, self.comm.world, self.device, self.recipe.data.mean,
                           self.recipe.data.std, self.parts.plan.samples)  # fmt: skip
         if trainer.step < trainer.rhythm.stop:
+            begins = f"goes on from {self.start.folder.name}" if self.start else "starts"
+            say(f"{self.folder.path} {begins}; {self.backend.describe()}", self.leader)
             for note in self._notes():
                 say(note, self.leader)
             with self._observers(trainer, wandb) as observers:
