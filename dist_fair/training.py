@@ -40,6 +40,8 @@ class Training(Session):
         with on_all_ranks():
             self.reader.check(self.parts.plan.samples)
             refuse_inexact_sam(self.recipe.optimizer.sam, self.module, self.parts.plan, self.comm.world)
+            parameters = sum(parameter.numel() for parameter in self.module.parameters())
+            self.sizes = parameters, self.module.detector.scoring_parameters()  # a sharded module has fewer, or none
             self.backend = make_backend(self.recipe.train, self.module, self._optimizer, self.accelerator)
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
 
@@ -87,7 +89,7 @@ class Training(Session):
         """What would run, for --dry-run."""
         parts, index = self.parts, self.parts.index
         groups = ", ".join(f"{name} {list(values)}" for name, values in vocabulary(index).items()) or "none"
-        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        parameters, scoring = self.sizes
         begin = f"resumes {self.start.folder}" if self.start else "starts anew"
         return "\n".join([
             f"run folder    {self.folder.path} ({begin})",
@@ -96,7 +98,7 @@ class Training(Session):
             f"plan          {parts.plan.describe()}",
             f"steps         {parts.steps}, each {self.recipe.train.batch_size} samples on {self.comm.world} rank(s)",
             f"detector      {self.recipe.detector.name}, {parameters:,} parameters with the interventions', of which "
-            f"{self.module.detector.scoring_parameters():,} make the score",
+            f"{scoring:,} make the score",
             f"backend       {self.backend.describe()}",
             f"interventions {', '.join(self.recipe.interventions)}",
             *(f"evaluation    {name}: {len(test)} samples" for name, test in self.planned_tests.items()),

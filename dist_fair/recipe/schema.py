@@ -216,7 +216,8 @@ class Recipe:
 # Settings that leave the trajectory as it is: with other values it still is the same experiment, and may be resumed.
 # data.name stays in: with data.root left out, it is what tells one data set from another.
 FREE = ("recipe", "out", "resume", "data.root", "data.eval", "data.workers", "data.stage_to", "train.stop_after",
-        "train.ranks", "train.backend", "checkpoint", "evaluation", "wandb", "log")  # fmt: skip
+        "train.ranks", "train.backend", "train.offload", "train.checkpoint_activations", "checkpoint", "evaluation",
+        "wandb", "log")  # fmt: skip
 
 
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
