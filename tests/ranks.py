@@ -30,7 +30,7 @@ def run_ranks(world: int, function: Callable, *arguments: Any, timeout: float = 
     seconds. No process is left behind.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "accelerate", "pytest"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "accelerate", "pytest", "dist_fair.training"])
     with tempfile.TemporaryDirectory() as folder, _unnamed_main():
         processes, pipes = [], {}
         try:

@@ -1,5 +1,7 @@
 """A run that is stopped, by whatever and at whatever moment, ends as the run that was not."""
 
+import re
+
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -151,7 +153,7 @@ def test_a_slow_rank_is_waited_for_and_a_frozen_one_is_not(command, run):
     other, _ = endings(2, command, slow, frozen, DIST_FAIR_SILENCE=SILENCE)
     assert other.code == Exit.RANK_LOST, other.said
     assert f"since rank 1 has been silent for {SILENCE} s (frozen, or its node or network is down)" in other.said
-    assert "last heard: rank 1 of 2, step 4" in other.said
+    assert re.search(r"last heard: rank 1 of 2, step [1-4]\b", other.said)  # by a heartbeat of a moment ago
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
     assert steps_kept(run) == [3]
 

@@ -199,9 +199,14 @@ class Cluster:
         for node in NODES:
             if self._daemons[node].poll() is not None:
                 self.start_node(node)
-        for node in self._nodes("down"):
-            self.run("scontrol", "update", f"nodename={node}", "state=resume")
-        self.until(lambda: not self._nodes("down"), "all nodes to be up")
+
+        def up() -> bool:
+            for node in self._nodes("down"):
+                with contextlib.suppress(RuntimeError):  # it has come back by itself in between
+                    self.run("scontrol", "update", f"nodename={node}", "state=resume")
+            return not self._nodes("down")
+
+        self.until(up, "all nodes to be up")
 
     def _nodes(self, state: str) -> set[str]:
         return set(self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N").split())
