@@ -63,7 +63,7 @@ def _rank(sweep: "Sweep", judged: tuple[str, ...], command: str, failures: list[
     """Writes and shows the leaderboard, from the runs that are finished."""
     import torch
 
-    from dist_fair.reporting import leaderboard
+    from dist_fair.reporting import front, leaderboard
     from dist_fair.reporting.progress import say
 
     board = leaderboard.Leaderboard(sweep.entries(), *judged)
@@ -74,7 +74,7 @@ def _rank(sweep: "Sweep", judged: tuple[str, ...], command: str, failures: list[
     if failures:
         told = "\n".join(failures)
         heading += f"\nIncomplete: {len(failures)} of {len(sweep.all)} runs failed.\n\n```\n{told}\n```\n"
-    written = leaderboard.write(board, sweep.out, heading)
+    written = [*leaderboard.write(board, sweep.out, heading), *front.draw(board, sweep.out)]
     say(leaderboard.leaderboard_table(board, board.datasets[0]))
     say("\n".join(map(str, [leaderboard.note(board), *written])))
 

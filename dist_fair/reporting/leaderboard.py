@@ -114,9 +114,7 @@ def pareto(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
 
 
 def write(board: Leaderboard, out: Path, heading: str) -> list[Path]:
-    """OUT/leaderboard.md, .csv, .parquet, .png and .svg; returns the paths. heading: the Markdown in front."""
-    from dist_fair.reporting.front import draw
-
+    """OUT/leaderboard.md, .csv and .parquet; returns the paths. heading: the Markdown before it."""
     text = io.StringIO()
     header, rows = columns(board)
     writer = csv.writer(text, lineterminator="\n")
@@ -125,7 +123,7 @@ def write(board: Leaderboard, out: Path, heading: str) -> list[Path]:
     write_text(out / "leaderboard.md", f"{heading}\n{leaderboard_markdown(board)}")
     write_text(out / "leaderboard.csv", text.getvalue())
     _write_parquet(out / "leaderboard.parquet", header, rows)
-    return [*(out / f"leaderboard.{form}" for form in ("md", "csv", "parquet")), *draw(board, out)]
+    return [out / f"leaderboard.{form}" for form in ("md", "csv", "parquet")]
 
 
 def columns(board: Leaderboard) -> tuple[list[str], list[list]]:

@@ -11,6 +11,7 @@ from pyarrow import parquet
 from rich.console import Console
 
 from dist_fair.errors import DistFairError
+from dist_fair.reporting import front
 from dist_fair.reporting.leaderboard import (
     AVERAGE,
     METRICS,
@@ -120,7 +121,7 @@ def test_over_seeds(values):
 
 
 def test_files(board, tmp_path):
-    written = write(board, tmp_path, "# A sweep\n")
+    written = [*write(board, tmp_path, "# A sweep\n"), *front.draw(board, tmp_path)]
     assert [path.name for path in written] == [f"leaderboard.{form}" for form in ("md", "csv", "parquet", "png", "svg")]
     assert all(path.stat().st_size for path in written)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
@@ -161,6 +162,7 @@ def test_no_numbers_at_all(tmp_path):
     assert plain.datasets == ["near"]
     assert [row.front for row in plain.rows("near")] == [False]
     assert [path.suffix for path in write(plain, tmp_path, "")] == [".md", ".csv", ".parquet"]
+    assert front.draw(plain, tmp_path) == []
 
 
 @pytest.mark.parametrize("option", ["utility", "fairness", "sort"])
