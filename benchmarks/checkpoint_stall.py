@@ -7,7 +7,7 @@ time of a step while a write is in flight over that of one while none is. `read 
 waits for its newest checkpoint, hashes and all, from the memory of the system.
 
 By the clock, for waiting is what is measured; medians over rounds that measure each way once, with the spread of the
-middle 60 per cent. About four minutes on two cores. Prints Markdown and writes it to
+middle 60 per cent. About two minutes on two cores. Prints Markdown and writes it to
 benchmarks/results/checkpoint_stall.md.
 """
 
