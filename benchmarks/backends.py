@@ -5,7 +5,7 @@ backward, clipping, optimizer. On a CPU by the CPU time of a rank, so that more 
 waiting costs nothing: what is left is the work of sharing. On GPUs by the clock, up to one rank for each.
 
 Backends are measured side by side, in rounds that take each once in random order; ratios are medians over rounds with
-the spread of the middle 60 per cent. One thread a rank; 80 s on two cores with --rounds 4. Prints Markdown and writes it
+the spread of the middle 60 per cent. One thread a rank; 80 s with --rounds 4. Prints Markdown and writes it
 to benchmarks/results/backends.md.
 """
 
