@@ -267,22 +267,26 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors:
 
 
 def load_model(module: nn.Module, tensors: Tensors, source: Path) -> None:
-    """Loads all parameters and buffers, or none: names, shapes and kinds of numbers are checked first.
+    """Loads all parameters and buffers, or none: names, shapes and kinds of numbers are checked first."""
+    refuse_other_tensors(module.state_dict(), tensors, source)
+    module.load_state_dict(tensors)
 
-    Floats of one precision may become those of another, as backends keep weights in different ones.
-    """
-    own = module.state_dict()
+
+def refuse_other_tensors(own: Tensors, tensors: Tensors, source: Path) -> None:
+    """Raises DistFairError unless `tensors` have the names, shapes and kinds of numbers of a module's `own`."""
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         hint = nearest(extra[0], missing) if extra and missing else ""
         raise DistFairError(f"{source} does not fit this recipe: missing {missing[:5]}, unexpected {extra[:5]}. {hint}")
     for name, value in tensors.items():
-        if value.shape != own[name].shape:
-            raise DistFairError(f"{source}: '{name}' is {tuple(value.shape)}, the recipe has {tuple(own[name].shape)}")
-        floats = value.is_floating_point() and own[name].is_floating_point()
-        if value.dtype != own[name].dtype and not floats:
-            raise DistFairError(f"{source}: '{name}' is {_described(value)}, the recipe has {_described(own[name])}")
-    module.load_state_dict(tensors)
+        refuse_other_tensor(name, value, own[name], source)
+
+
+def refuse_other_tensor(name: str, value: torch.Tensor, own: torch.Tensor, source: Path) -> None:
+    """The same for one. Floats may be of another precision: backends keep weights in different ones."""
+    same = value.dtype == own.dtype or (value.is_floating_point() and own.is_floating_point())
+    if value.shape != own.shape or not same:
+        raise DistFairError(f"{source}: '{name}' is {_described(value)}, the recipe has {_described(own)}")
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from dist_fair.data.window import Window
+from dist_fair.engine import checkpoint
 from dist_fair.engine.module import Losses, TrainingModule
-from dist_fair.errors import DistFairError, nearest
+from dist_fair.errors import DistFairError
 
 Tensors = dict[str, torch.Tensor]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -80,29 +81,16 @@ def refuse_misfit(own: Tensors, trained: Collection[str], model: Tensors, optimi
 
     own: what the module has, whole; on "meta" will do. trained: the parameters that an optimizer steps.
     """
-    missing, extra = sorted(own.keys() - model.keys()), sorted(model.keys() - own.keys())
-    if missing or extra:
-        hint = nearest(extra[0], missing) if extra and missing else ""
-        raise DistFairError(f"{source} does not fit this recipe: missing {missing[:5]}, unexpected {extra[:5]}. {hint}")
-    for name, value in model.items():
-        _refuse_other(name, value, own[name], source)
+    checkpoint.refuse_other_tensors(own, model, source)
     kept: dict[str, set[str]] = {}
     for name, value in optimizer.items():
         moment, _, owner = name.partition("/")
         if owner not in trained:
             raise DistFairError(f"{source} does not fit this recipe: it has '{name}', but no such parameter trains")
         if value.dim():
-            _refuse_other(name, value, own[owner], source)
+            checkpoint.refuse_other_tensor(name, value, own[owner], source)
         kept.setdefault(owner, set()).add(moment)
     every = set().union(*kept.values())
     if uneven := [name for name in sorted(kept) if kept[name] != every]:
         raise DistFairError(f"{source}: of '{uneven[0]}' it has the moments {sorted(kept[uneven[0]])}, of others "
                             f"{sorted(every)}: it is damaged; resume from an older checkpoint")  # fmt: skip
-
-
-def _refuse_other(name: str, value: torch.Tensor, own: torch.Tensor, source: Path) -> None:
-    """Floats may be of another precision: backends keep weights in different ones."""
-    same = value.dtype == own.dtype or (value.is_floating_point() and own.is_floating_point())
-    if value.shape != own.shape or not same:
-        found, wanted = (f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in (value, own))
-        raise DistFairError(f"{source}: '{name}' is {found}, the recipe has {wanted}")
