@@ -31,7 +31,8 @@ wire is a copy.
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,7 @@ class Communicator:
         self.world = dist.get_world_size(group) if connected else 1
         self.counts: dict[str, Count] = defaultdict(Count)
         self.last, self.place = "none", "starting"
+        self.watch: Callable[[], AbstractContextManager] = nullcontext  # entered around what crosses the wire
 
     def __str__(self) -> str:
         """Which rank this is and where: "rank 1 of 4, step 12, collective 'gradients'"."""
@@ -121,7 +123,8 @@ class Communicator:
         self._enter(name, rows)
         send = torch.cat(rows.split(width, dim=1))
         receive = rows.new_empty((sum(sizes), width, *rows.shape[2:]))
-        dist.all_to_all_single(receive, send, sizes, [len(rows)] * self.world, group=self.group)
+        with self.watch():
+            dist.all_to_all_single(receive, send, sizes, [len(rows)] * self.world, group=self.group)
         return receive
 
     def agree(self, value: bytes, name: str) -> None:
@@ -166,7 +169,8 @@ class Communicator:
         self._enter(name, tensor)
         result = tensor.clone(memory_format=torch.contiguous_format)
         if self.world > 1:
-            dist.all_reduce(result, operation, group=self.group)
+            with self.watch():
+                dist.all_reduce(result, operation, group=self.group)
         return result
 
     def _gather(self, rows: torch.Tensor, name: str, sizes: list[int]) -> torch.Tensor:
@@ -178,7 +182,8 @@ class Communicator:
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: len(rows)] = rows
         everyone = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(everyone, padded, group=self.group)
+        with self.watch():
+            dist.all_gather(everyone, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)])
 
     def _sizes(self, rows: torch.Tensor, sizes: Sequence[int] | None) -> list[int]:
@@ -189,9 +194,11 @@ class Communicator:
 
     @property
     def device(self) -> torch.device:
-        """Where a tensor of no other home must lie for this backend."""
-        nccl = self.world > 1 and "nccl" in str(dist.get_backend(self.group))
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        """Where a tensor of no other home lies: on the CPU, if the group speaks there too, so that no host has to wait
+        for its device to learn what other hosts say."""
+        if self.world == 1 or "cpu:" in str(dist.get_backend_config(self.group)):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 class _ReplicatedSum(torch.autograd.Function):

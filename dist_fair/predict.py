@@ -134,8 +134,10 @@ def _detector(path: Path, device: str | None) -> "DeployedDetector":
 
     from dist_fair.engine.checkpoint import find
     from dist_fair.engine.deployment import CONFIG, load_detector, usable
+    from dist_fair.engine.device.numerics import set_numerics
 
     place = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    set_numerics(place)
     if (path / CONFIG).is_file() or not any((path / part).exists() for part in ("checkpoints", "state.json")):
         return load_detector(path, place)
     from dist_fair.export import from_checkpoint

@@ -16,7 +16,8 @@ from dist_fair.data.loading import Loader, evaluation_loader
 from dist_fair.data.reading import Reader, counts_by_group
 from dist_fair.data.staging import Staging
 from dist_fair.engine import checkpoint
-from dist_fair.engine.assembly import assemble, evaluation_indexes, prepare_demo, vocabulary
+from dist_fair.engine.assembly import assemble, evaluation_indexes, on_device, prepare_demo, vocabulary
+from dist_fair.engine.device.numerics import set_numerics
 from dist_fair.engine.evaluation import evaluate_all
 from dist_fair.engine.invocation import Invocation
 from dist_fair.engine.launch import accelerator
@@ -47,11 +48,12 @@ class Session:
         with on_all_ranks():
             self.accelerator = accelerator()
         self.comm, self.device = Communicator(), self.accelerator.device
+        set_numerics(self.device, self.recipe.train.tf32, self.recipe.train.deterministic)
         self.invocation.connect(self.comm)
         prepare_demo(self.recipe.data, self.comm)
         with on_all_ranks():
             self.parts = assemble(self.recipe, self.comm)
-            self.module = self.parts.module.to(self.device)
+            self.module = on_device(self.parts.module, self.device, self.recipe.train.backend)
 
     @property
     def leader(self) -> bool:

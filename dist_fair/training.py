@@ -14,6 +14,8 @@ from dist_fair.engine import checkpoint
 from dist_fair.engine.accumulation import accumulation_note
 from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.backends import make_backend
+from dist_fair.engine.device.compilation import compile_module
+from dist_fair.engine.device.stopwatch import shares
 from dist_fair.engine.invocation import Invocation
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
@@ -42,6 +44,7 @@ class Training(Session):
             refuse_inexact_sam(self.recipe.optimizer.sam, self.module, self.parts.plan, self.comm.world)
             parameters = sum(parameter.numel() for parameter in self.module.parameters())
             self.sizes = parameters, self.module.detector.scoring_parameters()  # a sharded module has fewer, or none
+            self.compiled = compile_module(self.module, self.recipe.train.compile)
             self.backend = make_backend(self.recipe.train, self.module, self._optimizer, self.accelerator)
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
 
@@ -108,7 +111,7 @@ class Training(Session):
     def _notes(self) -> list[str]:
         """What a person should know when training starts, such as "warning: ..."; a dry run does not say it."""
         note = accumulation_note(self.recipe, self.module)
-        return [f"warning: {note}"] if note else []
+        return [*([f"warning: {note}"] if note else []), *([self.compiled] if self.compiled else [])]
 
     def _take_folder(self) -> None:
         """From here on nobody else writes into it; who did until now may have left a newer checkpoint."""
@@ -149,7 +152,7 @@ class Training(Session):
         return trainer
 
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(module, self.recipe.optimizer)
+        return build_optimizer(module, self.recipe.optimizer, fused=self.recipe.train.backend == "ddp")
 
     def _batches(self, first: int, last: int) -> Iterator[Batch]:
         data = self.recipe.data
@@ -176,7 +179,7 @@ class Training(Session):
                 log.write({"step": step, **values})
                 wandb.log(values, step)
                 progress.step(loss=values["loss"], lr=values["learning_rate"],
-                              samples_per_second=values["samples_per_second"])  # fmt: skip
+                              samples_per_second=values["samples_per_second"], time=shares(values))  # fmt: skip
                 for name, record in values.get("restructured", {}).items():
                     told = (f"{key} {value}" for key, value in record.items() if not isinstance(value, dict))
                     say(f"step {step}: {name}: {', '.join(told)}")

@@ -164,6 +164,14 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
     return module
 
 
+def on_device(module: TrainingModule, device: torch.device, backend: str) -> TrainingModule:
+    """The module on its device. On a GPU its kernels lie in memory as its images do, channels last; sharding backends
+    cut parameters as they come and leave them contiguous."""
+    if device.type == "cuda" and backend == "ddp":
+        return module.to(device, memory_format=torch.channels_last)
+    return module.to(device)
+
+
 def pixel_range(data: Data) -> tuple[float, float]:
     """What black and white become under data.mean and data.std, the lowest and the highest over colours."""
     ends = [(end - mean) / std for mean, std in zip(data.mean, data.std, strict=True) for end in (0.0, 1.0)]

@@ -260,10 +260,17 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors:
         owner = parameters.get(name.partition("/")[2])
         if owner is None or (value.dim() and (value.shape != owner.shape or not value.is_floating_point())):
             raise DistFairError(f"optimizer state '{name}' {_described(value)} does not fit this recipe's detector")
+    on_device = {id(one) for group in optimizer.param_groups for one in group["params"]
+                 if group.get("fused") or group.get("capturable")}  # fmt: skip
     for name, value in tensors.items():
         key, _, owner = name.partition("/")
         parameter = parameters[owner]
-        optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value
+        if value.dim():
+            # Laid out in memory as the parameter is: fused kernels pair elements by their place in it.
+            like = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            optimizer.state[parameter][key] = like.copy_(value)
+        else:
+            optimizer.state[parameter][key] = value.to(parameter.device) if id(parameter) in on_device else value
 
 
 def load_model(module: nn.Module, tensors: Tensors, source: Path) -> None:

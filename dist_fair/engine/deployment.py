@@ -82,7 +82,8 @@ class DeployedDetector(nn.Module):
         scores = detector(detector.preprocess(["one.jpg", "two.png"]))      # (2,) probability of fake
 
     detector: made for the score alone, without masked channels. steps: what interventions do between features and
-    classifier. description: image size, normalisation, provenance.
+    classifier. description: image size, normalisation, provenance. On a GPU torch lets convolutions round to TF32 and
+    scores are off by 1e-3 from the CPU's, until you set torch.backends.cudnn.allow_tf32 = False.
     """
 
     def __init__(self, detector: Detector, steps: Sequence[Step], description: Description):

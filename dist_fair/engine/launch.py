@@ -62,12 +62,16 @@ def check_world(verb: str, expected: int | None) -> None:
             raise DistFairError(f"train.ranks={expected}, but there are {world} ranks: " + HOW.format(verb=verb))
 
 
+EVERYWHERE = "cpu:gloo,cuda:nccl"  # what hosts ask each other travels beside what devices do, and waits for none
+
+
 def accelerator() -> "Accelerator":
     """The process group and device of this rank: GPUs if this node has any, else the CPU and gloo.
 
     Buffers are not broadcast: synced norm keeps them equal, and a broadcast would hide it if it did not.
     """
     import torch  # here, so that a process that only launches others starts at once
+    import torch.distributed as dist
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
@@ -78,6 +82,9 @@ def accelerator() -> "Accelerator":
                             "to train on the CPU")  # fmt: skip
     if gpus == 0 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    if gpus and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(EVERYWHERE)  # accelerate would make one of NCCL alone
     # The name that torch 2.11 knows; and 1x1 kernels have two equal layouts, of which DDP expects the other.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -90,5 +97,5 @@ def join_alone(device: "torch.device") -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = EVERYWHERE if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

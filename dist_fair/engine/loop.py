@@ -7,7 +7,9 @@ key, the learning rate and the weights from t. So a run that stops after any ste
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -18,6 +20,8 @@ from dist_fair.data.batch import Batch
 from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint, sharpness
 from dist_fair.engine.backends.base import Backend
+from dist_fair.engine.device.readings import Reading, Verdict, mean_row
+from dist_fair.engine.device.stopwatch import Lap, Stopwatch
 from dist_fair.engine.module import Losses
 from dist_fair.engine.preemption import Preemption
 from dist_fair.engine.saving import Saver
@@ -27,6 +31,7 @@ from dist_fair.recipe.schema import Sam
 
 Values = dict[str, object]
 Observer = Callable[[int, Mapping[str, object]], None]
+WATCHED = ("loss", "gradient_norm", *sharpness.MEASURES)  # a step in which one of them is not finite is not taken
 
 
 @dataclass
@@ -46,11 +51,29 @@ class Rhythm:
     exact: torch.Tensor | None = None
 
 
+@dataclass
+class Told:
+    """A step that was launched, and what is yet to be told of it: its numbers are read one step late (see Reading).
+
+    rows: samples of it on all ranks. began, waited: on the host's clock, of the step and of those its batches took.
+    suspects: (samples, logits) of each forward pass, of this rank. values: what the host knew at once.
+    """
+
+    step: int
+    rows: int
+    began: float
+    waited: float
+    reading: Reading
+    lap: Lap
+    suspects: list[tuple[torch.Tensor, torch.Tensor]]
+    values: Values = field(default_factory=dict)
+
+
 class Trainer:
     """A module in training.
 
     backend: how the ranks share it. saver: of its checkpoints. describe: sample row -> text, for messages. sam: where
-    the gradients are taken. preemption: who may ask it to stop.
+    the gradients are taken. preemption: who may ask it to stop. flops: of a sample, forward and backward, if known.
     """
 
     def __init__(
@@ -65,15 +88,21 @@ class Trainer:
         saver: Saver,
         describe: Callable[[int], str],
         preemption: Preemption | None = None,
+        flops: float | None = None,
     ):
         self.backend, self.module, self.schedule = backend, backend.module, schedule
         self.comm, self.rhythm = comm, rhythm
-        self.sam = sam
+        self.sam, self.flops = sam, flops
         self.seed, self.saver, self.describe = seed, saver, describe
         self.preemption = preemption or Preemption()
         self.step = self.saved = 0
+        device = next(chain(self.module.buffers(), self.module.parameters())).device  # parameters may be offloaded
+        self.verdict, self.stopwatch = Verdict(), Stopwatch(device)
+        self._launched: Told | None = None  # the last step, while it is not told
         # DDP, FSDP and ZeRO speak to each other in backward without us: this is what a rank then waits in.
         self.module.register_forward_hook(lambda *_: setattr(comm, "last", "gradients"))
+        self.module.register_forward_pre_hook(lambda *_: self.stopwatch.mark("forward"))
+        self.module.register_forward_hook(lambda *_: self.stopwatch.mark("backward"))
 
     def resume(self, source: checkpoint.Checkpoint) -> None:
         """Takes over a checkpoint's state. Call before `run`."""
@@ -88,14 +117,26 @@ class Trainer:
     ) -> None:
         """Trains up to rhythm.stop.
 
-        batches: (first, last) micro-batch -> this rank's batches, on its device. observers: called after each step
-        with the step's number and values, on every rank.
+        batches: (first, last) micro-batch -> this rank's batches, on its device. observers: called for each step with
+        its number and values, on every rank; while the device is at the next step, before a checkpoint is written.
         Raises Preempted, on every rank, where it was asked to stop: between two steps, with the state on disk.
         """
-        accumulate = self.rhythm.accumulate
+        accumulate, observers = self.rhythm.accumulate, [*observers]
         stream = iter(batches(self.step * accumulate, self.rhythm.stop * accumulate))
         self.module.train()
         self.comm.drain()
+        self.comm.watch = self.stopwatch.collective
+        try:
+            self._run(stream, scoring, observers)
+        except BaseException:
+            with suppress(Exception):  # of the step before the one that failed a log should say how it went
+                self._tell(observers, judge=False)
+            raise
+        finally:
+            self.comm.watch = nullcontext
+        self.saver.finish()
+
+    def _run(self, stream: Iterator[Batch], scoring: ScoringData, observers: Sequence[Observer]) -> None:
         values, stall = {}, {}
         while self.step < self.rhythm.stop:
             self.comm.place = f"step {self.step}"
@@ -103,34 +144,71 @@ class Trainer:
                 self.preemption.check(self.comm)
                 changes = self._restructure(scoring)
             except Preempted as asked:
+                values = self._tell(observers) or values
                 raise Preempted(f"{asked}; {self._keep(values)}") from None
-            values = self._step(stream) | changes | stall
-            # Told before it is saved: a run killed in between resumes from before this step and tells it again.
-            for observer in observers:
-                observer(self.step, values)
+            launched = self._step(stream)
+            launched.values |= changes | stall
+            values = self._tell(observers, launched.began) or values
+            self._launched = launched
             self.step += 1
-            stall = self._save(values) if self._due() else {}
+            stall = {}
+            if self._due():
+                # Told before it is saved: a run killed in between resumes from before this step and tells it again.
+                values = self._tell(observers)
+                stall = self._save(values)
             self.saver.poll()
-        self.saver.finish()
 
-    def _step(self, stream: Iterator[Batch]) -> Values:
+    def _step(self, stream: Iterator[Batch]) -> Told:
+        """Launches a step, which the device goes through later."""
         began = time.perf_counter()
+        self.stopwatch.mark("data")
         torch.manual_seed(keyed.integer(self.seed, "step", self.step, self.comm.rank))
         self.schedule.step_update(self.step)
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(self.rhythm.accumulate)]
         waited = time.perf_counter() - asked
         history = sharpness.gradients(self.sam, self.module, batches, self._progress, self._backward)
-        values = self._read(history)
-        values["gradient_norm"] = self.backend.clip(self.rhythm.clip)
-        self._stop_if_not_finite(values, history)
-        self.backend.step()
+        self.stopwatch.mark("optimizer")
+        norm = self.backend.clip(self.rhythm.clip)
+        reading = self._reading(history, norm)
+        values: Values = {"loss": None} | dict.fromkeys(history[0].numbers)
         values["learning_rate"] = self.backend.optimizer.param_groups[0]["lr"]
-        seconds = time.perf_counter() - began
-        rows = sum(sum(batch.sizes) for batch in batches)
-        values["samples_per_second"], values["data_wait"] = rows / seconds, waited / seconds
+        self.backend.step(self.verdict.broken)
+        suspects = [(losses.samples, losses.logits) for losses in history]
+        lap = self.stopwatch.lap()
         for name, count in self.comm.drain().items():
             values[f"calls/{name}"], values[f"bytes/{name}"] = count.calls, count.bytes
+        rows = sum(sum(batch.sizes) for batch in batches)
+        return Told(self.step, rows, began, waited, reading, lap, suspects, values)
+
+    def _reading(self, history: Sequence[Losses], norm: torch.Tensor) -> Reading:
+        """Means over windows, and the gradient norm, on their way; the verdict on them is on the device at once."""
+        found = [{"loss": losses.loss, "gradient_norm": norm, **losses.numbers} for losses in history]
+        names = sorted((name for name in found[0] if found[0][name] is not None), key=lambda name: name not in WATCHED)
+        row = mean_row([[numbers[name] for name in names] for numbers in found])
+        self.verdict.judge(row[: sum(name in WATCHED for name in names)])
+        return Reading(names, row)
+
+    def _tell(self, observers: Sequence[Observer], until: float | None = None, judge: bool = True) -> Values:
+        """Tells the observers of the last step, unless that is done: {} then. until: when the next one began.
+
+        Raises DistFairError where it was not finite, if it is to be judged.
+        """
+        told, self._launched = self._launched, None
+        if told is None:
+            return {}
+        numbers = told.reading.numbers()
+        if judge:
+            self._stop_if_not_finite(numbers, told)
+        seconds = (until or time.perf_counter()) - told.began
+        values = told.values | numbers
+        values["samples_per_second"], values["data_wait"] = told.rows / seconds, min(told.waited / seconds, 1.0)
+        if self.flops is not None:
+            values["tflops_per_second"] = self.flops * told.rows / seconds / self.comm.world / 1e12
+        values["seconds"] = seconds
+        values |= {f"seconds/{name}": taken for name, taken in told.lap.seconds().items()}
+        for observer in observers:
+            observer(told.step, values)
         return values
 
     def _backward(self, batches: Sequence[Batch]) -> list[Losses]:
@@ -152,30 +230,22 @@ class Trainer:
             return [Window(batches, self.rhythm.exact)]
         return [Window([batch]) for batch in batches]
 
-    def _read(self, history: Sequence[Losses]) -> Values:
-        """Means over windows as Python numbers: the step's only wait for the device."""
-        names = [name for name, value in history[0].numbers.items() if value is not None]
-        columns = [[losses.loss.detach(), *(losses.numbers[name] for name in names)] for losses in history]
-        table = torch.stack([torch.stack([value.double() for value in row]) for row in columns]).mean(dim=0)
-        loss, *numbers = table.tolist()
-        return {"loss": loss} | dict.fromkeys(history[0].numbers) | dict(zip(names, numbers, strict=True))
-
-    def _stop_if_not_finite(self, values: Values, history: Sequence[Losses]) -> None:
+    def _stop_if_not_finite(self, numbers: Mapping[str, float], told: Told) -> None:
         """All ranks see the same numbers, so all stop at the same step; each names its own samples."""
-        watched = {name: values[name] for name in ("loss", "gradient_norm", *sharpness.MEASURES) if name in values}
+        watched = {name: numbers[name] for name in WATCHED if name in numbers}
         if all(math.isfinite(value) for value in watched.values()):
             return
         own = [
             self.describe(int(sample))
-            for losses in history
-            for sample in losses.samples[~losses.logits.isfinite().all(dim=1)]
+            for samples, logits in told.suspects
+            for sample in samples[~logits.isfinite().all(dim=1)]
         ]
         names = [name for part in self.comm.objects(own, "non-finite samples") for name in part]
         found = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
         self.saver.finish()
         last = checkpoint.newest(self.saver.folder)
         error = DistFairError(
-            f"step {self.step}: {', '.join(f'{name} {value}' for name, value in watched.items())}: stopped before they "
+            f"step {told.step}: {', '.join(f'{name} {value}' for name, value in watched.items())}: stopped before they "
             f"reach the weights. Samples whose logits are not finite: {found or 'none'}. Lower optimizer.lr"
             f"{', or optimizer.sam.rho' if self.sam.rho else ''}, or set train.clip, in another out="
             + (f"; detector.init_from={last} keeps its weights" if last else "")

@@ -13,10 +13,11 @@ from dist_fair.recipe.schema import Optimizer, Schedule
 _TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, settings: Optimizer, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over all parameters that train, in the order of `named_parameters`.
 
-    Raises DistFairError for an unknown name or an argument that the optimizer does not take.
+    fused: torch's own as one kernel, which can leave out a step without asking the host (see Backend.step); others are
+    as they are. Raises DistFairError for an unknown name or an argument that the optimizer does not take.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     arguments = dict(settings.arguments, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -27,6 +28,8 @@ def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optim
         raise DistFairError(f"optimizer.name={settings.name}: no such optimizer: {nearest(settings.name, known)}")
     try:
         if settings.name in _TORCH:
+            if fused and not arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+                arguments["fused"] = True
             return _TORCH[settings.name](parameters, **arguments)
         return timm.optim.create_optimizer_v2(parameters, opt=settings.name, **arguments)
     except (TypeError, ValueError) as error:

@@ -74,6 +74,7 @@ def _check_effect(recipe: Recipe, say: Callable[[str], str]) -> None:
         raise DistFairError(f"{say('schedule.every')}: a part of the run above 0, such as 0.3")
     _check_sam(recipe, say)
     _check_backend(recipe, say)
+    _check_device(recipe, say)
     if recipe.optimizer.momentum is not None and "adam" in recipe.optimizer.name:
         raise DistFairError(f"{say('optimizer.momentum')} has no effect with {say('optimizer.name')}: set it to null; "
                             f"Adam's are optimizer.arguments={{betas: [0.9, 0.999]}}")  # fmt: skip
@@ -99,6 +100,25 @@ def _check_sam(recipe: Recipe, say: Callable[[str], str]) -> None:
     if sam.scope != "global" and recipe.train.accumulate_exact:
         raise DistFairError(f"{say('train.accumulate_exact')} has no effect with {say('optimizer.sam.scope')}: "
                             f"objectives see {sam.scope} samples at a time; leave one of the two out")  # fmt: skip
+
+
+def _check_device(recipe: Recipe, say: Callable[[str], str]) -> None:
+    """What is said of arithmetic and kernels."""
+    train, compiled = recipe.train, say("train.compile")
+    if train.tf32 and train.precision != "fp32":
+        raise DistFairError(f"{say('train.tf32')} has no effect with {say('train.precision')}: leave one of them out")
+    if train.compile == "none":
+        return
+    if train.backend != "ddp":
+        raise DistFairError(f"{compiled}: {say('train.backend')} runs copies and parts of the module, which are not "
+                            "what was compiled; set train.backend=ddp, or train.compile=none")  # fmt: skip
+    if recipe.optimizer.sam.scope != "global":
+        raise DistFairError(f"{compiled}: {say('optimizer.sam.scope')} takes the collectives away that were compiled "
+                            "around; set optimizer.sam.scope=global, or train.compile=none")  # fmt: skip
+    if train.checkpoint_activations or train.accumulate_exact:
+        key = "train.checkpoint_activations" if train.checkpoint_activations else "train.accumulate_exact"
+        raise DistFairError(f"{compiled}: {say(key)} runs the detector again in backward, in pieces; leave one of the "
+                            "two out")  # fmt: skip
 
 
 def _check_backend(recipe: Recipe, say: Callable[[str], str]) -> None:

@@ -104,6 +104,13 @@ class Train:
     accumulate: int = setting(1, "a step is made of so many smaller batches", least=1)
     accumulate_exact: bool = setting(False, "objectives see the smaller batches as one; the detector mostly runs twice")
     precision: str = setting("fp32", "bf16: of the detector alone; fp64: for proofs", choices=("fp32", "bf16", "fp64"))
+    tf32: bool = setting(False, "fp32 on a GPU rounds what it multiplies to 10 bits of mantissa: faster, not exact")
+    deterministic: bool = setting(False, "the same command gives the same bytes; refuses what cannot, costs some pace")
+    compile: str = setting(
+        "none",
+        "torch.compile: of the objectives, or of all, the detector too; takes a minute or more to start",
+        choices=("none", "objectives", "all"),
+    )
     backend: str = setting(
         "ddp",
         "who holds what: fsdp and zero3 share out the weights too",
@@ -216,8 +223,8 @@ class Recipe:
 # Settings that leave the trajectory as it is: with other values it still is the same experiment, and may be resumed.
 # data.name stays in: with data.root left out, it is what tells one data set from another.
 FREE = ("recipe", "out", "resume", "data.root", "data.eval", "data.workers", "data.stage_to", "train.stop_after",
-        "train.ranks", "train.backend", "train.offload", "train.checkpoint_activations", "checkpoint", "evaluation",
-        "wandb", "log")  # fmt: skip
+        "train.ranks", "train.backend", "train.offload", "train.checkpoint_activations", "train.tf32",
+        "train.deterministic", "train.compile", "checkpoint", "evaluation", "wandb", "log")  # fmt: skip
 
 
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

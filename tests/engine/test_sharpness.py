@@ -165,22 +165,26 @@ def test_half_precision(tmp_path):
 )  # fmt: skip
 def test_what_is_not_finite_does_not_reach_the_weights(rho, poison, message, tmp_path):
     made, stream = trainer(replace(WHOLE, sam=Sam(rho if rho < 1 else 0.05)), Communicator(), tmp_path)
-    before = {}
-
-    def observe(step, values):
-        before.update({name: value.clone() for name, value in made.module.named_parameters()})
-        made.sam = Sam(rho)
-        if poison == "gradient":
-            made.module.detector.first.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before, told = {}, []
 
     def poisoned(first, last):
+        """Step 1 alone is not finite. Step 2 is, and is launched before step 1 is read: it must not be taken either."""
         for number, batch in enumerate(stream(first, last)):
+            made.sam = Sam(rho if number == 1 else 0.05)
+            if number == 1:
+                before.update({name: value.clone() for name, value in made.module.named_parameters()})
             if number == 1 and poison == "image":
                 batch.images[3, 0, 0, 0] = float("nan")
+            if number == 1 and poison == "gradient":
+                weight = made.module.detector.first.weight
+                hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+            elif number == 2 and poison == "gradient":
+                hook.remove()
             yield batch
 
     with pytest.raises(DistFairError, match=message) as error:
-        made.run(poisoned, None, [observe])
+        made.run(poisoned, None, [lambda step, values: told.append(step)])
+    assert told == [0]
     assert "Lower optimizer.lr, or optimizer.sam.rho, or set train.clip" in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in made.module.named_parameters())
     assert all(part.track_running_stats for part in made.module.modules() if hasattr(part, "track_running_stats"))

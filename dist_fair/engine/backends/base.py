@@ -47,12 +47,15 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def clip(self, limit: float | None) -> float:
-        """The global norm of the averaged gradients, which are then scaled down to a norm of `limit`."""
+    def clip(self, limit: float | None) -> torch.Tensor:
+        """The global norm of the averaged gradients, a scalar on the device; they are then scaled down to `limit`."""
 
     @abstractmethod
-    def step(self) -> None:
-        """Takes an optimizer step and drops the gradients."""
+    def step(self, broken: torch.Tensor) -> None:
+        """Takes an optimizer step, unless `broken`, and drops the gradients.
+
+        broken: bool, a scalar on the device. Where the optimizer is a fused one of torch nobody waits for it.
+        """
 
     @abstractmethod
     def state(self, owned: Callable[[str], bool]) -> dict[str, Tensors]:

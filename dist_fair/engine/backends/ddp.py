@@ -1,11 +1,12 @@
 """DistributedDataParallel through Accelerate: every rank holds everything, gradients are all-reduced in backward."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint
@@ -29,11 +30,20 @@ class Ddp(Backend):
             self.accelerator.backward(losses.loss * share)
         return losses
 
-    def clip(self, limit: float | None) -> float:
-        return float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit or math.inf))
+    def clip(self, limit: float | None) -> torch.Tensor:
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters])
+        if limit is not None:
+            clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, broken: torch.Tensor) -> None:
+        if self.optimizer.defaults.get("fused"):
+            # What torch's GradScaler tells them: where it is 1, weights, moments and counts stay as they are.
+            self.optimizer.found_inf = broken.float()
+            self.optimizer.step()
+        elif not broken.item():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self, owned: Callable[[str], bool]) -> dict[str, Tensors]:

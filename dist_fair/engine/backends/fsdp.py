@@ -54,8 +54,9 @@ class Fsdp(Sharded):
         (loss * share).backward()
         return losses
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, broken: torch.Tensor) -> None:
+        if not broken.item():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> AbstractContextManager[TrainingModule]:

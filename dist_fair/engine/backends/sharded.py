@@ -34,13 +34,14 @@ class Sharded(Backend):
     def _take(self, parameter: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
         """Keeps this rank's part of a whole parameter or moment."""
 
-    def clip(self, limit: float | None) -> float:
+    def clip(self, limit: float | None) -> torch.Tensor:
         parts = [part for part in self._gradients() if part.numel()]
         squares = [torch.linalg.vector_norm(part).to(self.device, torch.float64).square() for part in parts]
         own = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = self.module.comm.sum(own, "gradient norm").sqrt().item()
-        if parts and limit is not None and norm > limit:
-            torch._foreach_mul_(parts, limit / (norm + 1e-6))  # what torch's clip_grad_norm_ multiplies by
+        norm = self.module.comm.sum(own, "gradient norm").sqrt()
+        if parts and limit is not None:
+            # What torch's clip_grad_norm_ multiplies by. Parts of one rank may lie on the CPU, if they are offloaded.
+            torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device, parts[0].dtype))
         return norm
 
     def state(self, owned: Callable[[str], bool]) -> dict[str, Tensors]:

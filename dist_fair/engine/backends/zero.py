@@ -74,8 +74,9 @@ class Zero(Sharded):
         del self.entered[entered:]  # a module that backward runs again is left halfway, before its entry is taken out
         return losses
 
-    def step(self) -> None:
-        self.engine.step()
+    def step(self, broken: torch.Tensor) -> None:
+        if not broken.item():
+            self.engine.step()
 
     def load(self, model: Tensors, optimizer: Tensors, source: Path) -> None:
         scalars, names = defaultdict(set), {name.partition("/")[2] for name in optimizer}
