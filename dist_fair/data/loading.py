@@ -1,8 +1,8 @@
 """Batches, from a plan and a reader, through torch's DataLoader.
 
 The DataLoader's data set is the plan: its items are whole micro-batches, numbered from the start of training, so
-resuming is starting at another number. Workers read and decode; the labels and groups, which the index has in memory,
-are added where the batch is used.
+resuming is starting at another number. Workers read and decode, and add the labels and groups from the index: forked,
+they share the training process's copy of it, as long as nobody writes.
 """
 
 import signal
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_fair import keyed
 from dist_fair.data.augment import Settings, augment, draws
-from dist_fair.data.batch import Batch
+from dist_fair.data.batch import Batch, Packed
 from dist_fair.data.index import Index
 from dist_fair.data.opencv import opencv
 from dist_fair.data.plan import EvaluationPlan, Selection, TrainingPlan
+from dist_fair.data.prefetching import prefetched
 from dist_fair.data.reading import BadSample, Reader
 from dist_fair.errors import DistFairError
 
@@ -32,7 +33,7 @@ class Loader:
 
     def __init__(self, steps: "_Steps", positions: range, workers: int, device: torch.device | str):
         self.bad: list[BadSample] = []
-        self._index, self._sizes, self._positions, self._workers = steps.reader.index, steps.sizes, positions, workers
+        self._positions, self._workers = positions, workers
         self._loader = DataLoader(
             steps,
             batch_size=None,
@@ -48,11 +49,15 @@ class Loader:
         return len(self._positions)
 
     def __iter__(self) -> Iterator[Batch]:
+        return (packed.batch() for packed in self.packed())
+
+    def packed(self) -> Iterator[Packed]:
+        """The same batches as they travel, for `prefetched`; pinned if they go to a GPU."""
         for read in self._items():
-            if read.failure is not None:
+            if read.batch is None:
                 raise DistFairError(read.failure)
             self.bad += read.bad
-            yield _batch(self._index, read, self._sizes)
+            yield read.batch
 
     def _items(self) -> Iterator["_Read"]:
         try:
@@ -79,7 +84,7 @@ def training_loader(
 ) -> Loader:
     """Micro-batches start, ..., stop - 1 as `rank` of `world` sees them; images uint8 (B/W, S, S, 3), on the CPU.
 
-    augmentation: None for none. device: where batches will go; images for a GPU are pinned.
+    augmentation: None for none. device: where batches will go; those for a GPU are pinned.
     """
     plan.owned(rank, world)  # says so now, not in a worker, if W does not divide the lanes
     steps = _TrainingSteps(reader, (plan.batch_size // world,) * world, plan, rank, world, augmentation)
@@ -123,6 +128,9 @@ class Scoring:
         """`count` global batches of `size` different samples each; this rank's rows, as even a cut as W allows."""
         if not 0 < size <= len(self.rows):
             raise DistFairError(f"a scoring batch of {size} samples: the training data has {len(self.rows)}")
+        return prefetched(self._read(size, count, key), self.device, self.mean, self.std)
+
+    def _read(self, size: int, count: int, key: tuple[int | str, ...]) -> Iterator[Packed]:
         bounds = np.arange(self.world + 1) * size // self.world
         sizes = tuple(np.diff(bounds).tolist())
         for number in range(count):
@@ -130,24 +138,20 @@ class Scoring:
             mine = self.rows[shuffled[bounds[self.rank] : bounds[self.rank + 1]]]
             read = self.reader.read(mine, np.zeros_like(mine))
             keys = row_keys(self.reader.seed, np.zeros_like(mine), mine)
-            item = _Read(number, torch.from_numpy(read.images), read.samples, read.samples >= 0, keys)
-            yield _batch(self.reader.index, item, sizes).to(self.device).normalised(self.mean, self.std)
+            batch = _packed(self.reader.index, read.images, read.samples, read.samples >= 0, keys, sizes, number)
+            yield batch.pin_memory() if torch.device(self.device).type == "cuda" else batch
 
 
 @dataclass
 class _Read:
-    """What travels from a worker: images, the rows they show, their keys, what was bad, or why there is nothing."""
+    """What travels from a worker: a batch and what was bad in it, or why there is none."""
 
-    position: int
-    images: torch.Tensor
-    samples: np.ndarray
-    valid: np.ndarray
-    keys: np.ndarray
+    batch: Packed | None
     bad: list[BadSample] = field(default_factory=list)
-    failure: str | None = None
+    failure: str = ""
 
     def pin_memory(self) -> "_Read":
-        return replace(self, images=self.images.pin_memory())
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 class _Steps(Dataset):
@@ -160,8 +164,7 @@ class _Steps(Dataset):
         try:
             return self.read(position)
         except DistFairError as error:  # torch would send its traceback along and lose the text in it
-            nothing = np.zeros(0, dtype=np.int64)
-            return _Read(position, torch.empty(0), nothing, nothing, nothing, failure=str(error))
+            return _Read(None, failure=str(error))
 
     def read(self, position: int) -> _Read:
         raise NotImplementedError
@@ -179,7 +182,8 @@ class _TrainingSteps(_Steps):
         if self.augmentation is not None:
             self._augment(read.images, selection)
         keys = row_keys(self.plan.seed, selection.epochs, selection.samples)
-        return _Read(position, torch.from_numpy(read.images), read.samples, read.samples >= 0, keys, read.bad)
+        index, valid = self.reader.index, read.samples >= 0
+        return _Read(_packed(index, read.images, read.samples, valid, keys, self.sizes, position), read.bad)
 
     def _augment(self, images: np.ndarray, selection: Selection) -> None:
         table = draws(self.plan.seed, selection.epochs, selection.samples)
@@ -196,8 +200,8 @@ class _EvaluationSteps(_Steps):
         selection = self.plan[position]
         read = self.reader.read(selection.samples, selection.epochs, replace=False)
         keys = row_keys(self.reader.seed, selection.epochs, selection.samples)
-        valid = read.samples >= 0
-        return _Read(position, torch.from_numpy(read.images), selection.samples, valid, keys, read.bad)
+        index, valid = self.reader.index, read.samples >= 0
+        return _Read(_packed(index, read.images, selection.samples, valid, keys, self.sizes, position), read.bad)
 
 
 def row_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -206,24 +210,18 @@ def row_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     return np.array([keyed.integer(seed, "row", epoch, sample) for epoch, sample in rows], dtype=np.int64)
 
 
-def _batch(index: Index, read: _Read, sizes: tuple[int, ...]) -> Batch:
-    """Adds what the index knows. Padding gets label 0 and unknown attributes."""
-    padding = read.samples < 0
+def _packed(index: Index, images: np.ndarray, samples: np.ndarray, valid: np.ndarray, keys: np.ndarray,
+            sizes: tuple[int, ...], position: int) -> Packed:  # fmt: skip
+    """A batch, with what the index knows of its rows. Padding gets label 0 and unknown attributes."""
+    padding = samples < 0
 
-    def column(codes: np.ndarray, missing: int) -> torch.Tensor:
-        return torch.from_numpy(np.where(padding, missing, codes[read.samples]).astype(np.int64))
+    def column(codes: np.ndarray, missing: int) -> np.ndarray:
+        return np.where(padding, missing, codes[samples])
 
-    return Batch(
-        images=read.images,
-        labels=column(index.labels, 0),
-        attributes={name: column(one.codes, -1) for name, one in index.attributes.items()},
-        manipulations=column(index.manipulations.codes, -1),
-        samples=torch.from_numpy(read.samples),
-        valid=torch.from_numpy(read.valid),
-        keys=torch.from_numpy(read.keys),
-        sizes=sizes,
-        position=read.position,
-    )
+    columns = [column(index.labels, 0), column(index.manipulations.codes, -1), samples, valid, keys]
+    columns += [column(one.codes, -1) for one in index.attributes.values()]
+    together = torch.from_numpy(np.stack(columns, dtype=np.int64))
+    return Packed(torch.from_numpy(images), together, tuple(index.attributes), sizes, position)
 
 
 def _unchanged(read: _Read) -> _Read:

@@ -35,7 +35,7 @@ def loader(index, rank, world, start=0, stop=8, workers=0, policy="fail"):
 
 def assert_equal(one, other):
     assert one.position == other.position
-    for name in ("images", "labels", "samples", "valid", "manipulations"):
+    for name in ("images", "labels", "samples", "valid", "manipulations", "keys"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert one.attributes.keys() == other.attributes.keys()
     assert all(torch.equal(one.attributes[name], other.attributes[name]) for name in one.attributes)
@@ -46,7 +46,7 @@ def joined(batches):
     first = batches[0]
     fields = {
         name: torch.cat([getattr(batch, name) for batch in batches])
-        for name in ("images", "labels", "samples", "valid", "manipulations")
+        for name in ("images", "labels", "samples", "valid", "manipulations", "keys")
     }
     attributes = {name: torch.cat([batch.attributes[name] for batch in batches]) for name in first.attributes}
     return SimpleNamespace(**fields, attributes=attributes, position=first.position)
