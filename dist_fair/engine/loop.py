@@ -20,6 +20,7 @@ from dist_fair.data.batch import Batch
 from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint, sharpness
 from dist_fair.engine.backends.base import Backend
+from dist_fair.engine.device.numerics import refusals_told
 from dist_fair.engine.device.readings import Reading, Verdict, mean_row
 from dist_fair.engine.device.stopwatch import Lap, Stopwatch
 from dist_fair.engine.module import Losses
@@ -167,7 +168,8 @@ class Trainer:
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(self.rhythm.accumulate)]
         waited = time.perf_counter() - asked
-        history = sharpness.gradients(self.sam, self.module, batches, self._progress, self._backward)
+        with refusals_told():
+            history = sharpness.gradients(self.sam, self.module, batches, self._progress, self._backward)
         self.stopwatch.mark("optimizer")
         norm = self.backend.clip(self.rhythm.clip)
         reading = self._reading(history, norm)

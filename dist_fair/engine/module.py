@@ -110,7 +110,7 @@ class TrainingModule(nn.Module):
     def _objectives(
         self, summaries: dict[str, dict[str, torch.Tensor]], active: dict[str, float]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-        loss = torch.zeros(())
+        parts: list[torch.Tensor] = []  # not a zero to add to: it would come from the host, which waits for that
         numbers: dict[str, torch.Tensor | None] = {}
         for name, part in self.interventions.items():
             if name not in active:
@@ -119,9 +119,9 @@ class TrainingModule(nn.Module):
             found = part.objective(summaries.get(name, {}))
             for term in part.terms:
                 numbers[f"loss/{term}"] = found[term].detach()
-                loss = loss.to(found[term]) + active[name] * found[term]
+                parts.append(active[name] * found[term])
             numbers |= {measure: found[measure].detach() for measure in part.measures}
-        return loss, numbers
+        return sum(parts[1:], parts[0]), numbers
 
     def _begun(self, progress: float) -> list[Intervention]:
         return [part for part in self.interventions.values() if part.begun(progress)]

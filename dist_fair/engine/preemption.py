@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from dist_fair.engine.children import keep_from_children
+from dist_fair.engine.children import end_by_parent_alone, keep_from_children
 from dist_fair.errors import DistFairError, Exit, Preempted
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._process = os.getpid()
         self._pipe, written = os.pipe()
         os.set_blocking(written, False)
         self._written = written
@@ -86,11 +87,13 @@ class Preemption:
             yield item
 
     def disown(self) -> None:
-        """A child's SIGTERM ends it; what else a batch system sends to all processes is for its rank to answer."""
+        """What is sent to all processes of a group or job is for the rank to answer; a child ends when the rank wants.
+        """
         if self._before:
             signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+            end_by_parent_alone(self._process)
+            for number in {signal.SIGINT, *SIGNALS} - {signal.SIGTERM}:
+                signal.signal(number, signal.SIG_IGN)
 
     def _receive(self, number: int, _: object = None) -> None:
         if self.received is None:

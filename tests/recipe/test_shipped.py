@@ -18,7 +18,8 @@ data.augment.jpeg data.augment.jpeg_quality
 detector.name detector.pretrained detector.norm detector.init_from detector.arguments
 interventions
 train.steps train.epochs train.stop_after train.batch_size train.accumulate train.accumulate_exact
-train.precision train.tf32 train.deterministic train.compile train.backend train.offload train.checkpoint_activations train.ranks
+train.precision train.tf32 train.deterministic train.compile train.backend train.offload
+train.checkpoint_activations train.ranks
 train.clip
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.momentum optimizer.arguments
 optimizer.sam.rho optimizer.sam.adaptive optimizer.sam.scope

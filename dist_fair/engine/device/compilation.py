@@ -10,6 +10,7 @@ behind less of it than that of a detector that is not compiled.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,8 +31,7 @@ def compile_module(module: TrainingModule, what: str) -> str | None:
     """
     if what == "none":
         return None
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault(_CACHE, str(root / "dist_fair" / "compiled"))
+    _choose_cache()
     for verb in _VERBS:
         setattr(module.comm, verb, torch.compiler.disable(getattr(module.comm, verb)))
     for part in module.interventions.values():
@@ -46,5 +46,14 @@ def compile_module(module: TrainingModule, what: str) -> str | None:
             f"in {os.environ[_CACHE]}")  # fmt: skip
 
 
-def _compiled(function):
+def _choose_cache() -> None:
+    """Torch's own choice is a folder of /tmp, which batch systems empty after each job; a user's stays."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(_CACHE) in (None, "", default_cache_dir()):
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ[_CACHE] = str(root / "dist_fair" / "compiled")
+
+
+def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)

@@ -11,8 +11,12 @@ torch refuse every operation that it cannot do repeatably.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from dist_fair.errors import DistFairError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -31,3 +35,18 @@ def set_numerics(device: torch.device, tf32: bool = False, deterministic: bool =
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # shapes are the same in every step: worth to be timed once
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """What torch says within it of an operation that it cannot do repeatably becomes a DistFairError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if torch.are_deterministic_algorithms_enabled() and "deterministic" in str(error):
+            first = str(error).splitlines()[0].split(". ")[0]
+            raise DistFairError(
+                f"train.deterministic=true: torch has no repeatable way for what this recipe does: {first}; leave out "
+                "what needs it, or train.deterministic=false"
+            ) from error
+        raise
