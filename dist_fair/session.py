@@ -13,6 +13,7 @@ from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
 from dist_fair.data.loading import Loader, evaluation_loader
+from dist_fair.data.prefetching import prefetched
 from dist_fair.data.reading import Reader, counts_by_group
 from dist_fair.data.staging import Staging
 from dist_fair.engine import checkpoint
@@ -140,8 +141,7 @@ class Session:
         self._report_bad(loader, index, "they were left out of the evaluation")
 
     def _on_device(self, loader: Loader) -> Iterator[Batch]:
-        for batch in loader:
-            yield batch.to(self.device).normalised(self.recipe.data.mean, self.recipe.data.std)
+        return prefetched(loader.packed(), self.device, self.recipe.data.mean, self.recipe.data.std)
 
     def _report_bad(self, loader: Loader, index: Index, consequence: str) -> None:
         """Says, per group, how many samples could not be read: silence would bias groups. Called on every rank."""

@@ -26,12 +26,14 @@ def test_tf32_is_of_convolutions_and_products_alike(tf32, precision):
     set_numerics(torch.device("cuda"), tf32=tf32)
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
-    assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_deterministic_fixes_kernels_choice_and_workspace():
     set_numerics(torch.device("cuda"), deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -48,9 +50,9 @@ def test_on_the_cpu_only_what_torch_refuses_changes():
 def test_what_torch_refuses_names_the_setting_and_the_operation():
     set_numerics(torch.device("cpu"), deterministic=True)
     values, places = torch.ones(3), torch.tensor([0, 0, 1])
-    with pytest.raises(DistFairError, match=r"^train\.deterministic=true: .*put_.*train\.deterministic=false"):
-        with refusals_told():
-            torch.zeros(4).put_(places, values, accumulate=False)
+    told = pytest.raises(DistFairError, match=r"^train\.deterministic=true: .*put_.*train\.deterministic=false")
+    with told, refusals_told():
+        torch.zeros(4).put_(places, values, accumulate=False)
 
 
 def test_other_errors_are_left_as_they_are():
