@@ -171,25 +171,25 @@ class Trainer:
         with refusals_told():
             history = sharpness.gradients(self.sam, self.module, batches, self._progress, self._backward)
         self.stopwatch.mark("optimizer")
-        norm = self.backend.clip(self.rhythm.clip)
-        reading = self._reading(history, norm)
+        names, row = self._judged(history, self.backend.clip(self.rhythm.clip))
         values: Values = {"loss": None} | dict.fromkeys(history[0].numbers)
         values["learning_rate"] = self.backend.optimizer.param_groups[0]["lr"]
         self.backend.step(self.verdict.broken)
         suspects = [(losses.samples, losses.logits) for losses in history]
         lap = self.stopwatch.lap()
+        reading = Reading(names, row)  # behind the last mark: once it has arrived, the device has passed them all
         for name, count in self.comm.drain().items():
             values[f"calls/{name}"], values[f"bytes/{name}"] = count.calls, count.bytes
         rows = sum(sum(batch.sizes) for batch in batches)
         return Told(self.step, rows, began, waited, reading, lap, suspects, values)
 
-    def _reading(self, history: Sequence[Losses], norm: torch.Tensor) -> Reading:
-        """Means over windows, and the gradient norm, on their way; the verdict on them is on the device at once."""
+    def _judged(self, history: Sequence[Losses], norm: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+        """Names and means over windows of all numbers of a step, the watched ones first, and the verdict on these."""
         found = [{"loss": losses.loss, "gradient_norm": norm, **losses.numbers} for losses in history]
         names = sorted((name for name in found[0] if found[0][name] is not None), key=lambda name: name not in WATCHED)
         row = mean_row([[numbers[name] for name in names] for numbers in found])
         self.verdict.judge(row[: sum(name in WATCHED for name in names)])
-        return Reading(names, row)
+        return names, row
 
     def _tell(self, observers: Sequence[Observer], until: float | None = None, judge: bool = True) -> Values:
         """Tells the observers of the last step, unless that is done: {} then. until: when the next one began.
