@@ -54,7 +54,7 @@ class Session:
         prepare_demo(self.recipe.data, self.comm)
         with on_all_ranks():
             self.parts = assemble(self.recipe, self.comm)
-            self.module = on_device(self.parts.module, self.device, self.recipe.train.backend)
+            self.module = on_device(self.parts.module, self.device, self.recipe)
 
     @property
     def leader(self) -> bool:

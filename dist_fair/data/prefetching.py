@@ -20,6 +20,7 @@ times as large (float32), and held back by record_stream; it is three kernels on
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 
@@ -45,7 +46,7 @@ def prefetched(
 
 
 def _copied_ahead(batches: Iterable[Packed], device: torch.device) -> Iterator[Packed]:
-    side, copying = torch.cuda.Stream(device), deque()
+    side, copying = _side_stream(device), deque()
 
     def first() -> Packed:
         """The batch that was copied first, for the caller's stream to use."""
@@ -68,3 +69,9 @@ def _copied_ahead(batches: Iterable[Packed], device: torch.device) -> Iterator[P
         raise
     while copying:
         yield first()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: torch keeps freed memory by stream, so a new one each time would ask the driver for new memory."""
+    return torch.cuda.Stream(device)

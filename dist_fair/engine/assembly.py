@@ -18,6 +18,7 @@ from dist_fair.detectors import build_detector
 from dist_fair.engine import checkpoint
 from dist_fair.engine.accumulation import refuse_batch_statistics
 from dist_fair.engine.activations import checkpoint_activations
+from dist_fair.engine.device.layout import memory_format
 from dist_fair.engine.module import TrainingModule
 from dist_fair.errors import DistFairError, nearest
 from dist_fair.interventions.base import Facts, Settings, build, registered
@@ -164,12 +165,15 @@ def build_module(recipe: Recipe, plan: TrainingPlan, steps: int, comm: Communica
     return module
 
 
-def on_device(module: TrainingModule, device: torch.device, backend: str) -> TrainingModule:
-    """The module on its device. On a GPU its kernels lie in memory as its images do, channels last; sharding backends
-    cut parameters as they come and leave them contiguous."""
-    if device.type == "cuda" and backend == "ddp":
-        return module.to(device, memory_format=torch.channels_last)
-    return module.to(device)
+def on_device(module: TrainingModule, device: torch.device, recipe: Recipe) -> TrainingModule:
+    """The module on its device, its images, and its weights where ranks hold whole ones, in the best memory format.
+
+    Sharding backends cut weights as they come, and want them contiguous.
+    """
+    if device.type != "cuda":
+        return module.to(device)
+    module.layout = memory_format(module.detector, recipe.data.image_size, device)
+    return module.to(device, memory_format=module.layout) if recipe.train.backend == "ddp" else module.to(device)
 
 
 def pixel_range(data: Data) -> tuple[float, float]:

@@ -44,6 +44,7 @@ class Losses:
 class TrainingModule(nn.Module):
     """Detector and interventions of a recipe.
 
+    layout: the memory format that images are given to the detector in; None for that in which they come.
     precision: "fp32", "bf16" or "fp64". bf16 covers the detector's feature extraction only: features, extras, logits,
     statistics and losses are fp32 then. fp64 is for proofs: whatever
     differs there between two ways of splitting a batch is a bug.
@@ -52,6 +53,7 @@ class TrainingModule(nn.Module):
     def __init__(self, detector: Detector, interventions: nn.ModuleDict, comm: Communicator, precision: str = "fp32"):
         super().__init__()
         self.detector, self.interventions, self.comm, self.precision = detector, interventions, comm, precision
+        self.layout: torch.memory_format | None = None
         if precision == "fp64":
             self.double()
 
@@ -93,9 +95,10 @@ class TrainingModule(nn.Module):
         return merged_outputs([*parts, self._extract_one(last)], window)
 
     def _extract_one(self, batch: Batch) -> Outputs:
-        half = self.precision == "bf16"
-        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=half):
-            outputs = self.detector.extract(batch.images, batch.keys if self.training else None)
+        half, images = self.precision == "bf16", batch.images
+        images = images if self.layout is None else images.contiguous(memory_format=self.layout)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
+            outputs = self.detector.extract(images, batch.keys if self.training else None)
         if half:
             outputs.features, outputs.feature_map = outputs.features.float(), outputs.feature_map.float()
             outputs.extras = {name: extra.float() for name, extra in outputs.extras.items()}

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from dist_fair.data import prefetching
 from dist_fair.data.batch import Batch, Packed, normalised
 from dist_fair.data.loading import Scoring, evaluation_loader
 from dist_fair.data.prefetching import prefetched
@@ -240,8 +241,10 @@ class MadeUpGpu(TorchFunctionMode):
 
 @pytest.fixture
 def made_up(monkeypatch):
+    prefetching._side_stream.cache_clear()
     with MadeUpGpu(monkeypatch) as device:
         yield device
+    prefetching._side_stream.cache_clear()
 
 
 def assert_in_time(gpu):
