@@ -16,6 +16,7 @@ go on. What was measured so far is on disk after each line. benchmarks/gpu_ways.
 import argparse
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import platform
 import shlex
@@ -160,6 +161,7 @@ def main(arguments: list[str]) -> int:
     context.set_forkserver_preload(
         ["torch", "timm.data", "accelerate", "dist_fair.training", "gpu_sections", "gpu_loading"]
     )
+    multiprocessing.forkserver.ensure_running()
     began = time.monotonic()
     report = Report(options.out, head(arguments, options.device))
     for section in chosen:

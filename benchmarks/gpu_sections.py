@@ -107,6 +107,8 @@ def _objectives(scale: Scale, tell: Tell, what: str, way: str) -> None:
 def calls(window: Window, scale: Scale) -> Counter:
     """How often a step makes each call of the CUDA runtime and driver: what twice as many steps make more of."""
     few, many = (_profiled(window, scale, steps) for steps in (PROFILED, 2 * PROFILED))
+    if scale.device == "cuda" and not total(many, LAUNCHES):
+        raise RuntimeError("torch's profiler sees no launches here (CUPTI is missing or may not be used)")
     return Counter({name: (many[name] - few[name]) / PROFILED for name in many})
 
 

@@ -152,7 +152,7 @@ def trainer_of(recipe: Recipe, pixels: int, batch: int) -> tuple[Trainer, Callab
     device = found.device
     set_numerics(device, train.tf32, train.deterministic)
     module = build_module(recipe, plan(batch, paired=bool(recipe.data.tapes)), RUN, comm)
-    module = on_device(module, device, train.backend)
+    module = on_device(module, device, recipe)
     compile_module(module, train.compile)
     backend = make_backend(train, module, partial(build_optimizer, settings=recipe.optimizer, fused=True), found)
     schedule = build_schedule(backend.optimizer, recipe.schedule, RUN)
@@ -200,7 +200,7 @@ def networks(arguments: Sequence[str], pixels: int, batch: int, scale: Scale) ->
     others = [f"~interventions.{name}" for name in recipe.interventions if name not in kept]
     recipe = settings([*arguments, *others])
     module = build_module(recipe, plan(batch, paired=True), RUN, Communicator())
-    detector = on_device(module, torch.device(scale.device), "ddp").train().detector
+    detector = on_device(module, torch.device(scale.device), recipe).train().detector
     optimizer = build_optimizer(detector, recipe.optimizer, fused=True)
     one = packed(batch, pixels, scale.device).to(scale.device).batch()
     half = recipe.train.precision == "bf16"
@@ -242,6 +242,7 @@ def measured(ways: Mapping[str, Callable[[], Window]], scale: Scale) -> dict[str
         windows[name](scale.warmup)
         wait(scale.device)
         held[name], warm[name] = allocated(scale.device) - before, time.perf_counter() - began
+        print(f"    {name}: warm after {warm[name]:.1f} s", flush=True)
     gc.collect()
     memory = {name: held[name] + peak(window, scale) for name, window in windows.items()}
     seconds: dict[str, list[float]] = {name: [] for name in windows}

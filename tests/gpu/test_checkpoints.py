@@ -7,7 +7,7 @@ from tests.gpu.runs import DEVICE, recipe, train
 
 pytestmark = pytest.mark.gpu
 STOPS = ((DEVICE, 2), ("cpu", 2), (DEVICE, 2))  # where, and how many steps
-MASKS = "+interventions.channel_decoupling={batch_size: 50, batches: 1, at: [0.3], part: 0.05}"
+MASKS = "+interventions.channel_decoupling={batch_size: 50, batches: 1, at: [0.2], part: 0.05}"
 
 
 # SGD too: its moments are laid out as the weights are, and on a GPU these are channels_last.

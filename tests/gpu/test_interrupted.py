@@ -2,37 +2,27 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.command_line.runs import difference, losses, metrics
-from tests.gpu.runs import HERE, recipe, surroundings, train
+from tests.gpu.runs import DEVICE, recipe, train
 
 pytestmark = pytest.mark.gpu
 STEPS = 400  # more than are done before the signal
 ARGUMENTS = recipe("daid", "train.precision=fp64", f"train.steps={STEPS}", "checkpoint.every=1000", "log.every=100")
 
 
-def stopped(folder):
+def stopped(processes, folder):
     """A run that was asked to stop at some step, by SIGTERM to its process group: its folder, exit code, last words."""
-    folder.mkdir()
     run = folder / "run"
-    command = [sys.executable, "-m", "dist_fair.train", *ARGUMENTS, f"out={run}"]
-    with (folder / "log").open("w") as log:
-        started = subprocess.Popen(
-            command, stdout=log, stderr=log, env=surroundings(), cwd=HERE, start_new_session=True
-        )
-        try:
-            while started.poll() is None and not under_way(run):
-                time.sleep(0.05)
-            os.killpg(started.pid, signal.SIGTERM)
-            code = started.wait(timeout=60)
-        finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGKILL)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if DEVICE == "cpu" else {}
+    process = processes.start(folder, "dist_fair.train", *ARGUMENTS, f"out={run}", **hidden)
+    while process.poll() is None and not under_way(run):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    code = process.wait(timeout=60)
     return run, code, (folder / "log").read_text()[-3000:]
 
 
