@@ -6,6 +6,7 @@ they share the training process's copy of it, as long as nobody writes.
 """
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,10 @@ from dist_fair.data.prefetching import prefetched
 from dist_fair.data.reading import BadSample, Reader
 from dist_fair.errors import DistFairError
 
+# Workers are to be children of the training process (dist_fair.engine.children) and share its index. Python 3.14 has a
+# server fork them: each would get a pickle of the index, and all would outlive a training process that is killed.
+START = "fork" if sys.platform == "linux" else None
+
 
 class Loader:
     """This rank's batches of a range of steps, in order; iterate once or again.
@@ -39,6 +44,7 @@ class Loader:
             batch_size=None,
             sampler=positions,
             num_workers=workers,
+            multiprocessing_context=START if workers else None,
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
             pin_memory=torch.device(device).type == "cuda",
@@ -232,7 +238,7 @@ def _start_worker(_: int) -> None:
     """One thread per worker, and no opinion of its own about signals.
 
     Ctrl-C and Slurm's warnings reach the whole process group; the training process decides what they mean, and needs
-    its workers until then. SIGTERM is left as torch sets it in its workers: they die quietly when the parent says so.
+    its workers until then. SIGTERM is dist_fair.engine.children's to answer, or torch's where no signals are kept.
     """
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):

@@ -53,9 +53,11 @@ def end_by_parent_alone(parent: int) -> None:
     since a handler in Python is not told who the sender is, nor runs while the main thread hangs. Where no thread can
     wait for a signal (macOS), any SIGTERM ends the process.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigtimedwait"):
+    waits = hasattr(signal, "sigtimedwait")
+    if waits:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if waits:
         threading.Thread(target=_await_end, args=(parent,), name="parent", daemon=True).start()
 
 

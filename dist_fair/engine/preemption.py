@@ -87,13 +87,12 @@ class Preemption:
             yield item
 
     def disown(self) -> None:
-        """What is sent to all processes of a group or job is for the rank to answer; a child ends when the rank wants.
-        """
+        """A signal to all processes of a group or job is for the rank to answer; a child ends when the rank wants."""
         if self._before:
             signal.set_wakeup_fd(-1)
-            end_by_parent_alone(self._process)
             for number in {signal.SIGINT, *SIGNALS} - {signal.SIGTERM}:
                 signal.signal(number, signal.SIG_IGN)
+            end_by_parent_alone(self._process)
 
     def _receive(self, number: int, _: object = None) -> None:
         if self.received is None:

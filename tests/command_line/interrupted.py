@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,8 +31,10 @@ TIMEOUT = 300.0  # seconds for all ranks to end, on a busy machine
 class Event:
     """What happens on `rank`, as it begins its `number`-th (from 0) piece of work of a kind.
 
-    kind: "start" (of the program, before the ranks know each other), "step", "scoring" or "evaluation" (batches), or
-    "checkpoint". what: the name of a signal to itself, "sleep SECONDS", or "raise TEXT".
+    kind: "start" (of the program, before the ranks know each other), "worker" (a data worker starts, each number 0),
+    "step", "scoring" or "evaluation" (batches), or "checkpoint".
+    what: the name of a signal to itself; "group SIGNAL", which somebody else sends to all processes of the rank;
+    "sleep SECONDS"; or "raise TEXT".
     """
 
     rank: int
@@ -90,6 +93,8 @@ def _rank(rank, world, folder, verb, arguments, events, settings):
     output = os.open(os.path.join(folder, str(rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if any(event.what.startswith("group") for event in events):
+        os.setpgid(0, 0)
     if world > 1:
         os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
         os.environ.update({name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")})
@@ -118,6 +123,7 @@ def _rank(rank, world, folder, verb, arguments, events, settings):
 
 def _planned(event: Event):
     """A patch with which the event happens."""
+    from dist_fair.data import loading
     from dist_fair.engine.loop import Trainer
     from dist_fair.engine.module import TrainingModule
     from dist_fair.engine.saving import Saver
@@ -126,6 +132,7 @@ def _planned(event: Event):
 
     owner, name = {
         "start": (composition, "load"),
+        "worker": (loading, "_start_worker"),
         "step": (Trainer, "_step"),
         "scoring": (ChannelDecoupling, "_losses"),
         "evaluation": (TrainingModule, "score"),
@@ -146,6 +153,9 @@ def happen(what: str) -> None:
     """Something that befalls this process now."""
     if what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
+    elif what.startswith("group"):
+        kill = ["kill", "-s", what.removeprefix("group SIG"), "--", f"-{os.getpgrp()}"]
+        subprocess.run(kill, start_new_session=True, check=True)
     elif what.startswith("sleep"):
         time.sleep(float(what.split()[1]))
     else:

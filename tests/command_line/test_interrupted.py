@@ -41,8 +41,8 @@ def run(tmp_path):
 
 @pytest.fixture
 def command(data, run):
-    """The command line of the same run, into a folder of its own, without its evaluation."""
-    return [*SFD, f"data={data}", f"out={run}", TRAINING_ONLY]
+    """The command line of the same run, read by a worker, into a folder of its own, without its evaluation."""
+    return [*SFD, f"data={data}", "data.workers=1", f"out={run}", TRAINING_ONLY]
 
 
 def codes(ended):
@@ -71,17 +71,18 @@ def assert_same(run, undisturbed):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-# A signal on one rank
+# A signal to one rank, or to all its processes, as Slurm, `timeout` and Ctrl-C send it: data workers are to outlive it.
 
 
 @pytest.mark.parametrize(
     ("event", "kept", "told"),
     [
         (Event(1, "start", 0, "SIGTERM"), [], "step 0: stopped by SIGTERM on rank 1; nothing was trained yet"),
+        (Event(1, "worker", 0, "group SIGTERM"), [1], "step 1: stopped by SIGTERM on rank 1; checkpointed"),
         (Event(0, "step", 2, "SIGUSR2"), [3], "step 3: stopped by SIGUSR2 on rank 0; checkpointed"),
-        (Event(0, "checkpoint", 0, "SIGTERM"), [3], "step 3: stopped by SIGTERM on rank 0; checkpointed"),
+        (Event(0, "checkpoint", 0, "group SIGTERM"), [3], "step 3: stopped by SIGTERM on rank 0; checkpointed"),
     ],
-    ids=["start", "step_with_a_checkpoint", "checkpoint"],
+    ids=["start", "worker_starts", "step_with_a_checkpoint", "checkpoint"],
 )
 def test_a_signal_to_one_rank_stops_all_at_the_same_boundary(command, run, event, kept, told):
     stopped = endings(2, command, event)
@@ -95,8 +96,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_boundary(command, run, event
 @pytest.mark.parametrize(
     ("event", "kept", "told"),
     [
-        (Event(1, "step", 3, "SIGUSR1"), [3, 4], "step 4: stopped by SIGUSR1 on rank 1; checkpointed"),
-        (Event(1, "scoring", 2, "SIGUSR1"), [3, 4], "step 4: stopped by SIGUSR1 on rank 1; checkpointed"),
+        (Event(1, "step", 3, "group SIGTERM"), [3, 4], "step 4: stopped by SIGTERM on rank 1; checkpointed"),
+        (Event(1, "scoring", 2, "group SIGUSR1"), [3, 4], "step 4: stopped by SIGUSR1 on rank 1; checkpointed"),
     ],
     ids=["step", "scoring"],
 )
@@ -113,13 +114,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(command, run, undisturbed, 
 
 def test_an_evaluation_that_is_stopped_is_made_again(command, run, undisturbed):
     command.remove(TRAINING_ONLY)
-    stopped = endings(2, command, Event(1, "evaluation", 1, "SIGTERM"), Event(0, "evaluation", 1, "SIGUSR1"))
+    stopped = endings(2, command, Event(1, "evaluation", 1, "group SIGTERM"), Event(0, "evaluation", 1, "SIGUSR1"))
     assert codes(stopped) == [Exit.PREEMPTED] * 2, [one.said for one in stopped]
     assert "evaluation: stopped by SIG" in stopped[0].said
     assert not (run / "evaluation.json").exists()
     again = endings(1, [run, "data.workers=0"], verb="evaluate")
     assert codes(again) == [0], again[0].said
     assert (run / "evaluation.json").read_text() == (undisturbed / "evaluation.json").read_text()
+
+
+@pytest.mark.parametrize(("kind", "number", "kept"), [("step", 4, [3]), ("evaluation", 1, [3, 6])])
+def test_from_the_keyboard_it_ends_at_once_and_without_a_traceback(command, run, kind, number, kept):
+    command.remove(TRAINING_ONLY)
+    interrupted = endings(2, command, *(Event(rank, kind, number, "group SIGINT") for rank in range(2)))
+    assert codes(interrupted) == [Exit.INTERRUPTED] * 2, [one.said for one in interrupted]
+    for one in interrupted:
+        assert one.said.endswith("interrupted\n")
+        assert "Traceback" not in one.said
+    assert steps_kept(run) == kept
 
 
 # A rank that is lost
@@ -154,7 +166,7 @@ def test_a_slow_rank_is_waited_for_and_a_frozen_one_is_not(command, run):
     assert other.code == Exit.RANK_LOST, other.said
     assert f"since rank 1 has been silent for {SILENCE} s (frozen, or its node or network is down)" in other.said
     assert re.search(r"last heard: rank 1 of 2, step [1-4]\b", other.said)  # by a heartbeat of a moment ago
-    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2]  # step 3 is told while step 4 runs
     assert steps_kept(run) == [3]
 
 

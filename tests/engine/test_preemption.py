@@ -138,19 +138,38 @@ def test_a_rank_that_ends_in_time_is_not_forced_out():
     assert script(body, DIST_FAIR_GRACE="0.2").returncode == 75
 
 
-def test_children_have_no_part_in_it():
-    """A forked data worker dies of SIGTERM, survives what the whole job is sent, and its signals are its own."""
+# A child that signals itself, then hangs where no signal handler of Python runs.
+FORK = [
+    "ready, told = os.pipe()",
+    "child = os.fork()",
+    "if child == 0:",
+    "    for number in (2, 10, 12, 15): os.kill(os.getpid(), number)",
+    "    os.write(told, b'.')",
+    *(f"    {line}" for line in HANG),
+    "os.read(ready, 1)",
+]
+
+
+def test_a_child_survives_what_its_group_is_sent_and_ends_when_its_rank_says():
+    """The rank hears of no signal that is not sent to it."""
     body = [
-        "child = os.fork()",
-        "if child == 0:",
-        "    os.kill(os.getpid(), signal.SIGUSR1)",
-        "    os.kill(os.getpid(), signal.SIGTERM)",
-        "    os._exit(0)",
-        "assert os.waitpid(child, 0)[1] == signal.SIGTERM",
+        *FORK,
+        "for name in ('INT', 'USR1', 'USR2', 'TERM', 'TERM'):",
+        "    subprocess.run(['kill', f'-{name}', str(child)], check=True)",
         "time.sleep(0.2)",
+        "assert os.waitpid(child, os.WNOHANG) == (0, 0), 'it died'",
+        "os.kill(child, signal.SIGTERM)",
+        "assert os.waitpid(child, 0)[1] == 0, 'its end was an error'",
         "sys.exit(preemption.received)",
     ]
-    assert script(body).returncode == 0
+    done = script(body)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_child_ends_with_its_rank():
+    """The child has the rank's output, which is read until everybody has closed it."""
+    done = script([*FORK, "print('ready', flush=True)", "os.kill(os.getpid(), signal.SIGKILL)"])
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "ready\n")
 
 
 def test_a_launcher_passes_signals_on_to_its_ranks():
