@@ -2,10 +2,13 @@
 
 A batch norm couples every sample of a batch with every other one. Split the batch over W ranks and nn.BatchNorm quietly
 becomes W norms with statistics of B/W samples each: other outputs, other gradients, other running statistics on every
-rank. Here the statistics are those of the global batch, on any W, on CPU and GPU, forward and backward:
+rank. Here the statistics are those of the global batch, on any W, on CPU and GPU, forward and backward.
+
+On one rank the global batch is the local one, and torch's own batch norm is this norm: it runs, and nothing else does.
+On several:
 
                local, by torch's own kernels                    on the wire (one all-reduce each, fp64)
-    forward    n_r, mean_r, var_r (biased) per channel      ->  (n, n mean, n (var + mean^2)), additive: 2C + 1 numbers
+    forward    n_r, mean_r, var_r (biased) per channel      ->  (n mean, n (var + mean^2), n), additive: 2C + 1 numbers
                y = weight xhat + bias, xhat = (x - mean) / sqrt(var + eps)
     backward   S1_r = sum dy, S2_r = sum dy xhat            ->  (S1, S2): 2C numbers
                dx = weight / sqrt(var + eps) (dy - S1/N - xhat S2/N)
@@ -20,7 +23,14 @@ numbers of rows, or none, as long as they all call.
 The moments are combined in fp64. var = E[x^2] - mean^2 then loses 1e-16 mean^2 / var: nothing at mean 1e4 and std 1,
 where the same sum in fp32 has no correct digit. The local moments come from two-pass or Welford kernels, in fp32 for
 fp32 input.
+
+The local kernels are those of native_batch_norm, or on a GPU those of SyncBatchNorm (see dist_fair.detectors.
+norm_kernels), whose S2 is sum dy (x - mean): the same but for a factor. torch.nn.SyncBatchNorm itself gathers the
+moments of all ranks, 2C + 1 numbers from each; what a rank receives then grows with W, and here it does not. A layer on
+a GPU launches 20 kernels forward, 7 of them for the running statistics, and 7 backward, the copy for the wire included.
 """
+
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_fair.collectives import Communicator
+from dist_fair.detectors import norm_kernels
 from dist_fair.errors import DistFairError, nearest
 
 MODES = ("synced", "local", "frozen")
@@ -90,11 +101,24 @@ class FrozenBatchNorm(_Replacement):
         return super().train(False)
 
 
+def untraced(function):
+    """torch.compiler.disable, for a compiler that is imported, which takes 2 s, when the function is first called."""
+
+    @wraps(function)
+    def call(*arguments):
+        if not hasattr(function, "untraced"):
+            function.untraced = torch.compiler.disable(function)
+        return function.untraced(*arguments)
+
+    return call
+
+
 class SyncedBatchNorm(_Replacement):
     """Batch norm over the global batch: nn.BatchNorm1d/2d/3d, timm's BatchNormAct2d. (B, C, ...) -> (B, C, ...).
 
     Running variance is unbiased with the global N, as in torch; running statistics are the same on all ranks. They
-    stay as they are while `track_running_stats` is False, as torch's do.
+    stay as they are while `track_running_stats` is False, as torch's do. Where a channel has one value in all, which
+    torch refuses, it comes out as the bias.
     """
 
     def __init__(self, norm: _BatchNorm, comm: Communicator):
@@ -104,79 +128,132 @@ class SyncedBatchNorm(_Replacement):
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training and self.running_mean is not None:
             return super().normalise(x)
-        y, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.comm)
+        if self.comm.world == 1 and x.numel() > x.shape[1]:
+            return _BatchNorm.forward(self, x)
+        return self._normalise_together(x)
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """nn.BatchNorm's forward asks; any (B, C, ...) will do."""
+
+    @untraced
+    def _normalise_together(self, x: torch.Tensor) -> torch.Tensor:
+        y, moments, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.comm)
         if self.training and self.track_running_stats:
-            self._track(mean, variance, count)
+            self._track(*moments, count)
         return y
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
+        dtype = self.running_mean.dtype
         self.num_batches_tracked += 1
-        momentum = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
-        unbiased = variance * unbiasing(count)
-        self.running_mean += momentum * (mean - self.running_mean)
-        self.running_var += momentum * (unbiased - self.running_var)
+        momentum = (1 / self.num_batches_tracked.double()).to(dtype) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(dtype), momentum)
+        self.running_var.lerp_((variance * unbiasing(count)).to(dtype), momentum)
 
 
 class _Normalise(torch.autograd.Function):
+    """x (B, C, ...) -> y, and the moments (2, C) and global N () that it was normalised by, without a gradient."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, eps: float, comm: Communicator):
-        mean, variance, count = global_moments(x, comm)
-        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+        x = norm_kernels.dense(x) if norm_kernels.serve(x) else x
+        moments, count = global_moments(x, comm)
+        mean, variance = moments
+        invstd = torch.rsqrt(variance + eps)
         ctx.eps, ctx.comm = eps, comm
         ctx.parameter_types = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(x, scale, mean, variance, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return affine(x, mean, variance, scale, shift, eps), mean, variance, count
+        weight, bias = (None if one is None else one.to(mean.dtype) for one in (weight, bias))
+        ctx.save_for_backward(x, weight, moments, invstd, count)
+        ctx.mark_non_differentiable(moments, count)
+        ctx.set_materialize_grads(False)  # or zeros are made for them in backward
+        if norm_kernels.serve(x) and x.numel():
+            return norm_kernels.normalised(x, mean, invstd, weight, bias, eps), moments, count
+        return affine(x, mean, variance, weight, bias, eps), moments, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        x, scale, mean, variance, count = ctx.saved_tensors
-        dx, s1, s2 = local_backward(dy, x, scale, mean, variance, ctx.eps)
-        dx = add_statistics_gradient(dx, s1, s2, x, scale, mean, variance, count, ctx.eps, ctx.comm)
+        x, weight, moments, invstd, count = ctx.saved_tensors
+        backward = gpu_backward if norm_kernels.serve(x) and x.numel() else native_backward
+        dx, dweight, dbias = backward(dy, x, weight, *moments, invstd, count, ctx.eps, ctx.comm)
         weight_type, bias_type = ctx.parameter_types
-        dweight = None if weight_type is None else s2.to(weight_type)
-        dbias = None if bias_type is None else s1.to(bias_type)
+        dweight = None if weight_type is None else dweight.to(weight_type)
+        dbias = None if bias_type is None else dbias.to(bias_type)
         return dx, dweight, dbias, None, None
 
 
-def global_moments(x: torch.Tensor, comm: Communicator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and biased variance (C,), fp32 or fp64, and the number of values per channel (1,) fp64, over all ranks."""
-    channels, dtype = x.shape[1], _statistics_type(x)
-    # Scratch running statistics of the wanted type make the kernel return fp32 for half-precision input.
-    mean, variance = torch.zeros(2, channels, dtype=dtype, device=x.device)
-    if x.numel():
-        mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
-    mean, variance = mean.double(), variance.double()
-    count = mean.new_full((1,), x.numel() / channels)
-    total = comm.sum(torch.cat([count, count * mean, count * (variance + mean * mean)]), "norm/forward")
-    count, mean, square = total[:1], total[1 : channels + 1] / total[:1], total[channels + 1 :] / total[:1]
-    return mean.to(dtype), (square - mean * mean).clamp_(min=0).to(dtype), count
+# The wire -------------------------------------------------------------------------------------------------------------
 
 
-def local_backward(dy, x, scale, mean, variance, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def global_moments(x: torch.Tensor, comm: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (2, C), fp32 or fp64, and the number of values per channel () fp64, over all ranks."""
+    mean, variance = local_moments(x)
+    channels = len(mean)
+    wire = mean.new_full((2 * channels + 1,), x.numel() / channels, dtype=torch.float64)
+    sums, squares = wire[:channels], wire[channels:-1]
+    sums.mul_(mean)
+    squares.mul_(variance).addcmul_(sums, mean)
+    total = comm.sum(wire, "norm/forward")
+    moments, count = (total[:-1] / total[-1]).view(2, channels), total[-1]
+    moments[1].addcmul_(moments[0], moments[0], value=-1).clamp_(min=0)
+    return moments.to(mean.dtype), count
+
+
+def global_means(s1, s2, count, comm: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+    """S1/N and S2/N (C,), of the global sums, from this rank's S1 and S2 (C,)."""
+    total = comm.sum(torch.cat([s1, s2]).double(), "norm/backward")
+    return (total / count).to(s1.dtype).chunk(2)
+
+
+# The local part -------------------------------------------------------------------------------------------------------
+
+
+def local_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (C,) of this rank's x, fp32 or fp64; zeros without rows."""
+    if x.numel() and norm_kernels.serve(x):
+        return norm_kernels.moments(x)
+    mean, variance = torch.zeros(2, x.shape[1], dtype=_statistics_type(x), device=x.device)
+    # As scratch running statistics they make the kernel return fp32 for half-precision input.
+    return torch.batch_norm_update_stats(x, mean, variance, 0.0) if x.numel() else (mean, variance)
+
+
+def gpu_backward(dy, x, weight, mean, variance, invstd, count, eps: float, comm: Communicator):
+    """dx (B, C, ...), this rank's dweight (None without a weight) and dbias (C,), by the kernels of SyncBatchNorm."""
+    dy = norm_kernels.dense(dy, like=x)
+    s1, s2, dweight = norm_kernels.sums(dy, x, mean, invstd, weight)
+    mean1, mean2 = global_means(s1, s2, count, comm)
+    return norm_kernels.input_gradient(dy, x, mean, invstd, weight, mean1, mean2), dweight, s1
+
+
+def native_backward(dy, x, weight, mean, variance, invstd, count, eps: float, comm: Communicator):
+    """The same by those of native_batch_norm, which every device has."""
+    scale = torch.ones_like(mean) if weight is None else weight
+    dx, s1, s2 = local_backward(dy, x, scale, mean, variance, invstd, eps)
+    return add_statistics_gradient(dx, s1, s2, x, scale, mean, variance, invstd, count, eps, comm), s2, s1
+
+
+def local_backward(dy, x, scale, mean, variance, invstd, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx with the statistics held fixed (B, C, ...), and this rank's S1 = sum dy and S2 = sum dy xhat (C,)."""
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
+    # A CPU reads the statistics where it does not train from the running ones. CUDA does, too, if x is contiguous; if
+    # it is channels_last, it takes the saved ones, and ends the program where there are none.
     dx, s2, s1 = torch.ops.aten.native_batch_norm_backward(
-        dy, x, scale, mean, variance, None, None, False, eps, [True, True, True]
+        dy, x, scale, mean, variance, mean, invstd, False, eps, [True, True, True]
     )
     return dx, s1, s2
 
 
-def add_statistics_gradient(dx, s1, s2, x, scale, mean, variance, count, eps: float, comm: Communicator):
+def add_statistics_gradient(dx, s1, s2, x, scale, mean, variance, invstd, count, eps: float, comm: Communicator):
     """Adds to dx what comes through mean and variance: -scale / sqrt(var + eps) (S1/N + xhat S2/N)."""
-    means = comm.sum(torch.cat([s1, s2]).double(), "norm/backward") / count
-    mean1, mean2 = means.to(mean.dtype).chunk(2)
-    factor = -scale * torch.rsqrt(variance + eps)
+    mean1, mean2 = global_means(s1, s2, count, comm)
+    factor = -scale * invstd
     # That is an affine function of xhat: the forward kernel does it in one pass.
     return dx.add_(affine(x, mean, variance, factor * mean2, factor * mean1, eps))
 
 
 def affine(x, mean, variance, scale, shift, eps: float) -> torch.Tensor:
-    """scale (x - mean) / sqrt(variance + eps) + shift, in x's type and memory format."""
+    """scale (x - mean) / sqrt(variance + eps) + shift, in x's type and memory format. scale, shift: (C,) or None."""
     return F.batch_norm(x, mean, variance, scale, shift, False, 0.0, eps) if x.numel() else x.clone()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dist_fair.detectors import norm
 
-_moments, _local, _add = norm.global_moments, norm.local_backward, norm.add_statistics_gradient
+_moments, _means = norm.global_moments, norm.global_means
 
 
 def local_statistics(comm):
@@ -16,7 +16,7 @@ def local_statistics(comm):
     def moments(x, comm):
         _moments(x, comm)
         mean, var = x.mean(dim=_reduced(x)), x.var(dim=_reduced(x), correction=0)
-        return mean, var, mean.new_full((1,), x.numel() / x.shape[1]).double()
+        return torch.stack([mean, var]), _values(x)
 
     norm.global_moments = moments
 
@@ -25,10 +25,10 @@ def counts_ignored_in_forward(comm):
     """pytorch #22192: mean of the ranks' means, also where ranks hold different numbers of rows."""
 
     def moments(x, comm):
-        _, _, count = _moments(x, comm)
+        _, count = _moments(x, comm)
         mean, square = x.mean(dim=_reduced(x)), x.square().mean(dim=_reduced(x))
         mean, square = comm.sum(torch.stack([mean, square]), "plant") / comm.world
-        return mean, square - mean * mean, count
+        return torch.stack([mean, square - mean * mean]), count
 
     norm.global_moments = moments
 
@@ -36,50 +36,45 @@ def counts_ignored_in_forward(comm):
 def counts_ignored_in_backward(comm):
     """pytorch PR #36688: the gradient's means over the local N instead of the global one, times W."""
 
-    def add(dx, s1, s2, x, scale, mean, variance, count, eps, comm):
-        count = torch.full_like(count, comm.world * x.numel() / x.shape[1])
-        return _add(dx, s1, s2, x, scale, mean, variance, count, eps, comm)
+    def counted(backward):
+        def around(dy, x, weight, mean, variance, invstd, count, *others):
+            return backward(dy, x, weight, mean, variance, invstd, comm.world * _values(x), *others)
 
-    norm.add_statistics_gradient = add
+        return around
+
+    _wrap_backward(counted)
 
 
 def detached_statistics(comm):
     """Mean and variance treated as constants: what an all-reduce without autograd gives."""
 
-    def add(dx, *rest):
-        _add(dx.clone(), *rest)
-        return dx
+    def means(s1, s2, count, comm):
+        return [torch.zeros_like(one) for one in _means(s1, s2, count, comm)]
 
-    norm.add_statistics_gradient = add
+    norm.global_means = means
 
 
 def one_over_w(comm):
     """lightly #1977: the gradient through the statistics 1/W of what it should be."""
-
-    def add(dx, s1, s2, *rest):
-        return _add(dx, s1 / comm.world, s2 / comm.world, *rest)
-
-    norm.add_statistics_gradient = add
+    norm.global_means = lambda s1, s2, count, comm: _means(s1 / comm.world, s2 / comm.world, count, comm)
 
 
 def times_w(comm):
     """The factor W, which dy already carries, a second time."""
-
-    def add(dx, s1, s2, *rest):
-        return _add(dx, s1 * comm.world, s2 * comm.world, *rest)
-
-    norm.add_statistics_gradient = add
+    norm.global_means = lambda s1, s2, count, comm: _means(s1 * comm.world, s2 * comm.world, count, comm)
 
 
 def summed_weight_gradient(comm):
     """Weight and bias gradients summed over ranks here, and then averaged by DDP once more."""
 
-    def local(*arguments):
-        dx, s1, s2 = _local(*arguments)
-        s1, s2 = comm.sum(torch.stack([s1, s2]), "plant")
-        return dx, s1 / comm.world**0.5, s2 / comm.world**0.5
+    def summed(backward):
+        def around(*arguments):
+            dx, dweight, dbias = backward(*arguments)
+            return dx, *comm.sum(torch.stack([dweight, dbias]), "plant")
 
-    norm.local_backward = local
+        return around
+
+    _wrap_backward(summed)
 
 
 def biased_running_variance(comm):
@@ -100,13 +95,22 @@ def single_precision_moments(comm):
         count = comm.sum(torch.tensor([x.numel() / x.shape[1]]), "plant")
         sums = torch.stack([x.sum(dim=_reduced(x)), x.square().sum(dim=_reduced(x))])
         mean, square = comm.sum(sums, "plant") / count
-        return mean, (square - mean * mean).clamp(min=0), count.double()
+        return torch.stack([mean, (square - mean * mean).clamp(min=0)]), count[0].double()
 
     norm.global_moments = moments
 
 
 def _reduced(x):
     return [0, *range(2, x.ndim)]
+
+
+def _values(x):
+    return torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)
+
+
+def _wrap_backward(wrap):
+    """Both ways of the backward pass, a GPU's and any device's."""
+    norm.gpu_backward, norm.native_backward = wrap(norm.gpu_backward), wrap(norm.native_backward)
 
 
 PLANTS = {

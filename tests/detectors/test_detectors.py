@@ -11,6 +11,7 @@ from dist_fair.collectives import Communicator
 from dist_fair.detectors import Detector, Outputs, build_detector, register
 from dist_fair.detectors.norm import SyncedBatchNorm
 from dist_fair.errors import DistFairError
+from tests.detectors.images import LAYOUTS, both_layouts, loaded
 from tests.ranks import run_ranks
 
 SMALL = "mobilenetv3_small_050"
@@ -31,12 +32,12 @@ def build(name=SMALL, pretrained=False, norm="synced", arguments=None, seed=0):
     return build_detector(name, pretrained, norm, arguments or {}, Communicator())
 
 
+@both_layouts
 @pytest.mark.parametrize(("name", "arguments", "pixels", "channels", "least"), BACKBONES)
-def test_backbones(name, arguments, pixels, channels, least):
+def test_backbones(layout, name, arguments, pixels, channels, least):
     detector = build(name, arguments=arguments)
     detector.channel_mask[::2] = 0
-    images = torch.randn(2, 3, pixels, pixels)
-    outputs = detector(images)
+    outputs = detector(loaded(2, pixels, layout))
     assert outputs.logits.shape == (2, 2)
     assert outputs.features.shape == (2, channels) == (2, detector.features)
     assert outputs.feature_map.shape[:2] == (2, channels) == (2, detector.channels)
@@ -50,11 +51,12 @@ def test_backbones(name, arguments, pixels, channels, least):
     assert (detector.classifier.weight.grad[:, ::2] == 0).all()
 
 
-def test_masked_channels_get_no_gradient():
+@both_layouts
+def test_masked_channels_get_no_gradient(layout):
     detector = build("resnet50")
     detector.eval()
     detector.channel_mask[:1024] = 0
-    detector(torch.randn(2, 3, 64, 64)).logits.square().sum().backward()
+    detector(loaded(2, 64, layout)).logits.square().sum().backward()
     bias = detector.backbone.layer4[-1].bn3.bias.grad  # the last norm before the activation
     assert (bias[:1024] == 0).all()
     assert (bias[1024:] != 0).any()
@@ -68,16 +70,17 @@ def test_construction_depends_on_the_seed_only():
     assert any(isinstance(module, SyncedBatchNorm) for module in build().modules())
 
 
-def test_resized_classifier_and_half_precision():
+@both_layouts
+def test_resized_classifier_and_half_precision(layout):
     detector = build()
     detector.resize_classifier(7)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = detector.extract(torch.randn(2, 3, 64, 64))
+        outputs = detector.extract(loaded(2, 64, layout))
         logits = detector.classify(outputs.features[:, :7])
     assert outputs.logits.shape == (2, 0)
     assert outputs.features.dtype == logits.dtype == torch.float32
     detector = build().double()
-    assert detector(torch.randn(2, 3, 64, 64, dtype=torch.float64)).logits.dtype == torch.float64
+    assert detector(loaded(2, 64, layout).double()).logits.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -167,12 +170,12 @@ def test_ranks_have_the_same_weights_or_all_stop():
         run_ranks(2, build_on_ranks, [0, 0], [False, "absent.pt"])
 
 
-def train_detector(comm, sizes, norm):
+def train_detector(comm, sizes, norm, layout):
     """Gradients as real DDP averages them, fp64, of an objective over the whole batch."""
     torch.manual_seed(0)
     detector = build_detector(SMALL, False, norm, {}, comm).double()
     wrapped = nn.parallel.DistributedDataParallel(detector) if comm.world > 1 else detector
-    images = torch.randn(sum(sizes), 3, 64, 64, dtype=torch.float64)
+    images = loaded(sum(sizes), 64, layout).double()
     start = sum(sizes[: comm.rank])
     outputs = wrapped(images[start : start + sizes[comm.rank]])
     means = comm.replicated_sum(torch.cat([outputs.logits.tanh().sum(0), outputs.features.square().sum(0)]), "test")
@@ -180,14 +183,21 @@ def train_detector(comm, sizes, norm):
     return {name: parameter.grad for name, parameter in detector.named_parameters()}, dict(detector.named_buffers())
 
 
+def train_each(comm, sizes, norm):
+    return {layout: train_detector(comm, sizes, norm, layout) for layout in LAYOUTS}
+
+
 @pytest.mark.parametrize(("norm", "equal"), [("synced", True), ("local", False)])
 def test_a_whole_detector_under_ddp_equals_one_rank(norm, equal):
     sizes = (3, 4, 2)
-    gradients, buffers = train_detector(Communicator(), (sum(sizes),), "local")
+    whole = train_each(Communicator(), (sum(sizes),), "local")
 
     def close(actual, expected):
         return torch.allclose(actual, expected, rtol=1e-9, atol=1e-10 * expected.abs().max().item() + 1e-12)
 
-    for actual, statistics in run_ranks(3, train_detector, sizes, norm):
-        assert all(close(actual[name], expected) for name, expected in gradients.items()) == equal
-        assert all(close(statistics[name].double(), expected.double()) for name, expected in buffers.items()) == equal
+    for rank in run_ranks(3, train_each, sizes, norm):
+        for layout, (actual, statistics) in rank.items():
+            gradients, buffers = whole[layout]
+            assert all(close(actual[name], expected) for name, expected in gradients.items()) == equal, layout
+            moved = [close(statistics[name].double(), expected.double()) for name, expected in buffers.items()]
+            assert all(moved) == equal, layout

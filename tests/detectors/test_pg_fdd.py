@@ -13,12 +13,14 @@ from dist_fair.detectors import build_detector
 from dist_fair.detectors.conditional_decoder import adain
 from dist_fair.detectors.pg_fdd import ScaledSiLU
 from dist_fair.errors import DistFairError
+from tests.detectors.images import LAYOUTS, both_layouts
 from tests.detectors.pg_fdd_detectors import ALL, TINY, build, everything, loss_of, of_patches, pictures
 
 torch.set_num_threads(1)
 SCORE = ("forgery", "demographic")  # encoders that the score takes
 
 
+@both_layouts
 @pytest.mark.parametrize(
     ("arguments", "pixels", "positions"),
     [
@@ -30,9 +32,9 @@ SCORE = ("forgery", "demographic")  # encoders that the score takes
         ({"width": 8, "heads": {"hidden": 3}}, 80, 5),
     ],
 )
-def test_shapes(arguments, pixels, positions):
+def test_shapes(layout, arguments, pixels, positions):
     detector = build(norm="synced", double=False, **arguments)
-    half, images, keys = (TINY | arguments)["width"] // 2, pictures(2, pixels), torch.arange(2)
+    half, images, keys = (TINY | arguments)["width"] // 2, pictures(2, pixels, layout), torch.arange(2)
     found = everything(detector, images, keys)
     maps = {"code": 2 * half, "condition": 2 * half, "map": half}
     assert {name: value.shape for name, value in found.items()} == (
@@ -46,6 +48,7 @@ def test_shapes(arguments, pixels, positions):
     torch.testing.assert_close(found["features"], found["map"].mean((2, 3)))
 
 
+@both_layouts
 @pytest.mark.parametrize(
     ("backbone", "pixels", "others"),
     [
@@ -54,11 +57,11 @@ def test_shapes(arguments, pixels, positions):
         ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 1}),
     ],
 )
-def test_any_backbone(backbone, pixels, others):
+def test_any_backbone(layout, backbone, pixels, others):
     torch.manual_seed(0)
     arguments = {"backbone": backbone, "width": 16, "heads": {"hidden": 8}} | others
     detector = build_detector("pg_fdd", False, "synced", arguments, Communicator(), {"demographic_logits": 3})
-    found = everything(detector, pictures(2, pixels), torch.arange(2))
+    found = everything(detector, pictures(2, pixels, layout), torch.arange(2))
     assert found["demographic_logits"].shape == (2, 3)
     loss_of(found).backward()
     assert [name for name, parameter in detector.named_parameters() if parameter.grad is None] == []
@@ -77,9 +80,10 @@ def demographic_gradient(detector):
     return max((gradient.abs().max().item() for gradient in gradients if gradient is not None), default=None)
 
 
-def test_the_pooling_trap():
+@both_layouts
+def test_the_pooling_trap(layout):
     """Averaged, the fusion is the mean of f_share, and the detection loss does not reach the demographic encoder."""
-    images = pictures()
+    images = pictures(layout=layout)
     detector = build(norm="local", pooling="average", needs={"demographic_logits": 6})
     torch.testing.assert_close(detector(images).features, literally_averaged(detector, images), rtol=0, atol=1e-12)
     detector(images).logits.square().sum().backward()
@@ -103,11 +107,12 @@ def bent_by_its_spread(x):
     return x * torch.sigmoid(x / (x.var((2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
 
 
+@both_layouts
 @pytest.mark.parametrize(
     ("smooth", "rectified"), [(True, bent_by_its_spread), (False, lambda x: nn.functional.leaky_relu(x, 0.01))]
 )
-def test_fusion(smooth, rectified):
-    images, detector = pictures(), build(norm="local", smooth=smooth)
+def test_fusion(layout, smooth, rectified):
+    images, detector = pictures(layout=layout), build(norm="local", smooth=smooth)
     shared = detector.blocks["shared"](detector.encoders["forgery"](images))
     fair = detector.blocks["demographic"](detector.encoders["demographic"](images))
     torch.testing.assert_close(detector(images).feature_map, rectified(adain(fair, shared)), rtol=0, atol=0)
@@ -130,11 +135,12 @@ def test_fusion_counts_however_small_the_maps():
     assert moved["silu", 0.1] < 0.05 * moved["silu", 1]
 
 
+@both_layouts
 @pytest.mark.parametrize("pooling", ["rectified", "average"])
-def test_masked_channels_are_exactly_zero(pooling):
+def test_masked_channels_are_exactly_zero(layout, pooling):
     detector = build(pooling=pooling)
     detector.channel_mask[::2] = 0
-    outputs = detector(pictures())
+    outputs = detector(pictures(layout=layout))
     assert (outputs.feature_map[:, ::2] == 0).all()
     assert (outputs.features[:, 1::2] != 0).all()
     outputs.logits.square().sum().backward()
@@ -145,9 +151,9 @@ def test_masked_channels_are_exactly_zero(pooling):
 @pytest.mark.parametrize("fusion", ["rectified", "average", "none"])
 def test_every_parameter_has_a_gradient_whatever_is_needed(fusion):
     arguments = {"fusion": "none"} if fusion == "none" else {"pooling": fusion}
-    images, keys = pictures(2, 32), torch.arange(2)
+    layouts, keys = itertools.cycle([pictures(2, 32, layout) for layout in LAYOUTS]), torch.arange(2)
     for count in range(len(ALL) + 1):
-        for names in itertools.combinations(ALL, count):
+        for names, images in zip(itertools.combinations(ALL, count), layouts, strict=False):
             detector = of_patches({name: ALL[name] for name in names}, **arguments)
             found = everything(detector, images, keys)
             del found["map"], found["features"]
@@ -158,8 +164,9 @@ def test_every_parameter_has_a_gradient_whatever_is_needed(fusion):
             assert ("content" in detector.encoders) == (detector.decoder is not None) == ("reconstruction" in names)
 
 
-def test_extras_by_their_definition():
-    detector, images = of_patches(), pictures()
+@both_layouts
+def test_extras_by_their_definition(layout):
+    detector, images = of_patches(), pictures(layout=layout)
     forgery, content, demographic = (
         detector.encoders[name](images) for name in ("forgery", "content", "demographic")
     )  # fmt: skip
@@ -175,23 +182,25 @@ def test_extras_by_their_definition():
         torch.testing.assert_close(extras[name], value, rtol=0, atol=1e-12)
 
 
-def test_no_extras_unless_needed():
+@both_layouts
+def test_no_extras_unless_needed(layout):
     detector = build({})
-    outputs = detector.extract(pictures(), torch.arange(4))
+    outputs = detector.extract(pictures(layout=layout), torch.arange(4))
     assert outputs.extras == {}
     assert outputs.decode is None
     assert [*detector.encoders] == ["forgery", "demographic"]
     assert [*build({}, fusion="none").encoders] == [*build({}, pooling="average").encoders] == ["forgery"]
 
 
+@both_layouts
 @pytest.mark.parametrize(("pooling", "encoders"), [("rectified", SCORE), ("average", SCORE[:1])])
-def test_evaluation_runs_what_the_score_needs(pooling, encoders):
+def test_evaluation_runs_what_the_score_needs(layout, pooling, encoders):
     detector, ran = build(pooling=pooling, norm="synced"), []
     for name, module in detector.named_modules():
         if [*module.parameters(recurse=False)]:
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     detector.eval()
-    outputs = detector(pictures())
+    outputs = detector(pictures(layout=layout))
     assert outputs.extras == {}
     assert outputs.decode is None
     assert {name.split(".")[1] for name in ran if name.startswith("encoders")} == {*encoders}
@@ -201,19 +210,21 @@ def test_evaluation_runs_what_the_score_needs(pooling, encoders):
     )
     ran.clear()
     detector.train()
-    detector.extract(pictures())
+    detector.extract(pictures(layout=layout))
     assert {name.split(".")[1] for name in ran if name.startswith("encoders")} == {"forgery", "content", "demographic"}
 
 
-def test_evaluation_scores_as_training_does_without_dropout():
-    detector, images = build(), pictures()
+@both_layouts
+def test_evaluation_scores_as_training_does_without_dropout(layout):
+    detector, images = build(), pictures(layout=layout)
     trained = detector(images).logits
     detector.eval()
     assert torch.equal(detector(images).logits, trained)
 
 
-def test_copies_and_resized_classifiers():
-    detector, images = build(), pictures(2)
+@both_layouts
+def test_copies_and_resized_classifiers(layout):
+    detector, images = build(), pictures(2, layout=layout)
     twin = copy.deepcopy(detector)
     assert torch.equal(twin(images).logits, detector(images).logits)
     detector.resize_classifier(3)
@@ -260,11 +271,12 @@ def test_errors(arguments, text):
         build_detector("pg_fdd", False, "synced", {}, Communicator(), {})
 
 
-def test_one_position_has_no_spread():
+@both_layouts
+def test_one_position_has_no_spread(layout):
     text = "images of 32x32 pixels leave the backbone as one position.*larger data.image_size.*output_stride=16"
     for arguments in ({}, {"needs": {}}, {"pooling": "average"}):
         with pytest.raises(DistFairError, match=text):
-            build(output_stride=32, **arguments)(pictures(2, 32))
+            build(output_stride=32, **arguments)(pictures(2, 32, layout))
     with pytest.raises(DistFairError, match=text):
-        build(output_stride=32).reconstruct(pictures(2, 32), torch.arange(2))
-    assert build({}, output_stride=32, pooling="average")(pictures(2, 32)).logits.isfinite().all()
+        build(output_stride=32).reconstruct(pictures(2, 32, layout), torch.arange(2))
+    assert build({}, output_stride=32, pooling="average")(pictures(2, 32, layout)).logits.isfinite().all()

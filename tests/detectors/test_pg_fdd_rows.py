@@ -9,6 +9,7 @@ from torch import nn
 from dist_fair.collectives import Communicator
 from dist_fair.detectors.conditional_decoder import ConditionalDecoder, adain
 from dist_fair.errors import DistFairError
+from tests.detectors.images import LAYOUTS, both_layouts
 from tests.detectors.pg_fdd_detectors import build, everything, of_patches, pictures
 from tests.ranks import run_ranks
 
@@ -33,10 +34,11 @@ def test_adain_by_its_definition():
     assert flat.grad.isfinite().all()
 
 
+@both_layouts
 @pytest.mark.parametrize("place", ["features", "logits"])
-def test_dropout(place):
+def test_dropout(layout, place):
     detector = of_patches(heads={"dropout": 0.5, "dropout_on": place})
-    images, keys = pictures(1, 32).expand(64, -1, -1, -1), torch.arange(64)
+    images, keys = pictures(1, 32, layout).expand(64, -1, -1, -1), torch.arange(64)
     dropped, kept = everything(detector, images, keys), everything(detector, images, None)
     for name in ("shared_logits", "specific_logits", "demographic_logits", "logits"):
         if place == "logits":
@@ -56,7 +58,8 @@ def test_dropout(place):
         torch.testing.assert_close(value, kept[name][:2])
 
 
-def test_every_place_drops_other_elements(monkeypatch):
+@both_layouts
+def test_every_place_drops_other_elements(layout, monkeypatch):
     """Heads, and the stages of the decoder on either path, each with other numbers for the same key."""
     from dist_fair.detectors import conditional_decoder, pg_fdd
 
@@ -68,12 +71,13 @@ def test_every_place_drops_other_elements(monkeypatch):
 
     monkeypatch.setattr(pg_fdd, "dropout", noted)
     monkeypatch.setattr(conditional_decoder, "dropout", noted)
-    everything(of_patches(), pictures(2), torch.arange(2))
+    everything(of_patches(), pictures(2, layout=layout), torch.arange(2))
     assert len(seen) == len({*seen}) == 4 + 2 * 5
 
 
-def test_rows_do_not_know_each_other():
-    detector, images, keys = build(), pictures(6), torch.tensor([5, 3, 9, 1, 8, 2])
+@both_layouts
+def test_rows_do_not_know_each_other(layout):
+    detector, images, keys = build(), pictures(6, layout=layout), torch.tensor([5, 3, 9, 1, 8, 2])
     whole = everything(detector, images, keys)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     permuted = everything(detector, images[order], keys[order])
@@ -81,6 +85,14 @@ def test_rows_do_not_know_each_other():
     for name, value in whole.items():
         torch.testing.assert_close(permuted[name], value[order], rtol=0, atol=1e-12)
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, rtol=0, atol=1e-12)
+
+
+def test_memory_formats_are_the_same_images():
+    """Dropout, too, which is drawn for each element of a map."""
+    detector, keys = build(heads={"dropout": 0.5}, decoder={"dropout": 0.5}), torch.arange(4)
+    one, other = (everything(detector, pictures(4, 32, layout), keys) for layout in LAYOUTS)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-12)
 
 
 def test_decoder_by_its_definition():
@@ -102,8 +114,9 @@ def test_decoder_by_its_definition():
     assert [layer.out_channels for stage in decoder.stages for layer in stage[::2]] == [8, 8, 4, 4, 2, 2]
 
 
-def test_reconstructions_for_a_gallery():
-    detector, images, partners = build(norm="synced"), pictures(), torch.tensor([2, 3, 0, 1])
+@both_layouts
+def test_reconstructions_for_a_gallery(layout):
+    detector, images, partners = build(norm="synced"), pictures(layout=layout), torch.tensor([2, 3, 0, 1])
     detector.eval()
     own, crossed = detector.reconstruct(images, partners)
     assert own.shape == crossed.shape == images.shape
@@ -119,14 +132,15 @@ def test_reconstructions_for_a_gallery():
         build({}).reconstruct(images, partners)
 
 
-def test_half_precision_reaches_the_decoder(monkeypatch):
+@both_layouts
+def test_half_precision_reaches_the_decoder(layout, monkeypatch):
     detector, types = build(double=False), []
     detector.decoder.rgb.register_forward_hook(lambda *arguments: types.append(arguments[-1].dtype))
     for head in detector.heads.values():  # small, and margins need digits
         head[-1].register_forward_hook(lambda *arguments: types.append(arguments[-1].dtype))
     for half in (torch.bfloat16, torch.float32):
         with torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16):
-            outputs = detector.extract(pictures(2).float(), torch.arange(2))
+            outputs = detector.extract(pictures(2, layout=layout).float(), torch.arange(2))
         assert [types.pop() for _ in detector.heads] == [torch.float32] * 3
         code, condition = (outputs.extras[name].float() for name in ("code", "condition"))
         images = outputs.decode(code, condition, torch.arange(2))
@@ -149,7 +163,7 @@ class Objective(nn.Module):
         return (self.comm.replicated_sum(sums, "test") / self.count).square().sum()
 
 
-def train(comm, sizes, norm, keyed_by):
+def train(comm, sizes, norm, keyed_by, layout):
     """Gradients as real DDP averages them, fp64."""
     detector = build(comm=comm, norm=norm)
     objective = Objective(detector, comm, sum(sizes))
@@ -157,9 +171,13 @@ def train(comm, sizes, norm, keyed_by):
     start = sum(sizes[: comm.rank])
     rows = slice(start, start + sizes[comm.rank])
     keys = torch.arange(sum(sizes))[rows] if keyed_by == "sample" else torch.arange(sizes[comm.rank])
-    loss = wrapped(pictures(sum(sizes), 32)[rows], keys)
+    loss = wrapped(pictures(sum(sizes), 32, layout)[rows], keys)
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in detector.named_parameters()}
+
+
+def train_each(comm, sizes, norm, keyed_by):
+    return {layout: train(comm, sizes, norm, keyed_by, layout) for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize(
@@ -169,11 +187,13 @@ def train(comm, sizes, norm, keyed_by):
 def test_a_step_on_two_ranks_is_a_step_on_one(norm, keyed_by, equal):
     """With norms per rank, or dropout by the place of a row on its rank, it is not."""
     sizes = (2, 3)
-    loss, gradients = train(Communicator(), (sum(sizes),), "frozen" if norm == "frozen" else "local", "sample")
+    whole = train_each(Communicator(), (sum(sizes),), "frozen" if norm == "frozen" else "local", "sample")
 
     def close(actual, expected):
         return torch.allclose(actual, expected, rtol=1e-9, atol=1e-10 * expected.abs().max().item() + 1e-12)
 
-    for found, actual in run_ranks(2, train, sizes, norm, keyed_by):
-        same = [close(actual[name], expected) for name, expected in gradients.items()]
-        assert all([close(found, loss), *same]) == equal
+    for rank in run_ranks(2, train_each, sizes, norm, keyed_by):
+        for layout, (found, actual) in rank.items():
+            loss, gradients = whole[layout]
+            same = [close(actual[name], expected) for name, expected in gradients.items()]
+            assert all([close(found, loss), *same]) == equal, layout
