@@ -21,8 +21,6 @@ from tests.data.making import encoded, made_index, picture
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GARBAGE = 77  # what lies where a copy has not arrived yet
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
 
 def packed(position=0, rows=6, side=5):
     """A batch that differs with its position."""
@@ -300,7 +298,7 @@ def test_what_a_later_batch_raises_does_not_hide_those_before_it(made_up, device
 # On a GPU ------------------------------------------------------------------------------------------------------------
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_slow_device_gets_every_batch_whole_and_the_host_never_waits():
     """Each batch is dropped as soon as its use is launched, behind 2 ms of other work: copies that came into its
     memory, or after its use, would change the sums."""
@@ -319,7 +317,7 @@ def test_a_slow_device_gets_every_batch_whole_and_the_host_never_waits():
     torch.testing.assert_close(torch.stack(sums).cpu(), torch.stack(expected), rtol=1e-12, atol=1e-7)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_gpu_normalises_to_the_bits_of_the_cpu():
     packages = [packed(position, rows=8, side=64) for position in range(3)]
     for batch, expected in zip(prefetched(packages, "cuda", MEAN, STD), plain(packages), strict=True):
@@ -327,7 +325,7 @@ def test_a_gpu_normalises_to_the_bits_of_the_cpu():
         assert_same(batch, expected)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_pins_what_goes_to_a_gpu(index, workers):
     loader = evaluation_loader(Reader(index, 8), 16, 0, 1, workers, "cuda")

@@ -66,8 +66,9 @@ def test_two_nodes_of_two_ranks_are_one_process(cluster, train, undisturbed, tmp
 
 
 def test_refused_beside_stopped_and_killed(cluster, train, undisturbed, tmp_path):
+    """Slurm signals all processes of a step: data workers are to outlive it until their rank has stopped."""
     run = tmp_path / "run"
-    job = train("--nodes=2")
+    job = train("--nodes=2", overrides=["data.workers=1"])
     step(cluster, job, run, 3)
     os.kill(cluster.ranks(job)[1], signal.SIGSTOP)
     second = train("--nodes=1")
@@ -77,11 +78,11 @@ def test_refused_beside_stopped_and_killed(cluster, train, undisturbed, tmp_path
     assert "run is in use (it is trained by" in refusal
     assert f"Slurm job {job}" in refusal
 
-    events.to_one_rank(cluster, job)
+    cluster.run("scancel", "--signal=TERM", str(job))
     os.kill(cluster.ranks(job)[1], signal.SIGCONT)
     cluster.wait(job, "PENDING", timeout=240)
     output = tmp_path / f"slurm-{job}.out"
-    assert "stopped by SIGUSR1 on rank 1; checkpointed" in output.read_text()
+    assert "stopped by SIGTERM on rank 1; checkpointed" in output.read_text()
     step(cluster, job, run, SAVED + 3)
     events.kill_rank(cluster, job)
     cluster.wait(job, "COMPLETED", timeout=300)
@@ -97,13 +98,27 @@ def test_refused_beside_stopped_and_killed(cluster, train, undisturbed, tmp_path
     ids=lambda event: event.__name__,
 )
 def test_wherever_it_is_stopped_it_goes_on(cluster, train, undisturbed, tmp_path, event):
-    """With data workers too: Slurm signals all processes of a job."""
     run = tmp_path / "run"
     job = train("--nodes=2", overrides=["data.workers=1"])
     step(cluster, job, run, SAVED + 3)
     event(cluster, job)
     cluster.wait(job, "COMPLETED", timeout=400)
     assert cluster.job(job)["Restarts"] == "1"
+    assert equal(run, undisturbed)
+
+
+@pytest.mark.long
+def test_a_cancelled_job_has_its_last_step_saved_for_the_next(cluster, train, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    job = train("--nodes=2", overrides=["data.workers=1"])
+    step(cluster, job, run, 3)
+    cluster.run("scancel", str(job))
+    cluster.wait(job, "CANCELLED")
+    cluster.until(lambda: not cluster.at_work(job), "the script to end")
+    assert "checkpointed" in (tmp_path / f"slurm-{job}.out").read_text()
+    again = train("--nodes=1", overrides=["data.workers=1"])
+    cluster.wait(again, "COMPLETED", timeout=400)
+    assert "goes on from step-" in (tmp_path / f"slurm-{again}.out").read_text()
     assert equal(run, undisturbed)
 
 
