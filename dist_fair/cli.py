@@ -19,7 +19,8 @@ VERBS = {
     "ace": "does fairness cause generalisation? plain against fair training, by group and capacity",
     "checkpoint": "what is in a checkpoint, and in what two of them differ",
     "shards": "build, index and inspect data sets; draw the demo faces",
-    "doctor": "what a run needs of this machine or cluster, looked at on every rank, a verdict per line",
+    "doctor": "what a run needs of this machine or cluster, a real step included, looked at on every rank",
+    "profile": "where the time of a step goes and what would make it faster; a trace for Perfetto",
     "recipes": "list recipes, show one with where each value comes from",
 }
 

@@ -1,7 +1,7 @@
 """`dist-fair doctor [recipe=NAME key=value ...]`: looks at all that a run needs, on every rank; a verdict per line.
 
-Alone, with --ranks N, under torchrun, or on a cluster: `sbatch ... slurm/doctor.sh ...`. No secret is shown;
-what hangs is named and left behind.
+Alone, with --ranks N, under torchrun, or on a cluster: `sbatch ... slurm/doctor.sh ...`. Of a recipe it takes one real
+step, on all ranks together, without writing anything. No secret is shown; what hangs is named and left behind.
 """
 
 import argparse

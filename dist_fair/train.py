@@ -18,7 +18,12 @@ def main(arguments: list[str]) -> int:
         "overrides", nargs="*", metavar="key=value", help="recipe=NAME, then overrides: a.b=c, +a.b=c, ~a.b"
     )
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything, take one real step (two, to time it) on this machine's devices, print what would run "
+        "and what a step takes; nothing is written",
+    )  # fmt: skip
+    parser.add_argument("--no-step", action="store_true", help="with --dry-run, on a login node: without the step")
     parser.add_argument("--keys", action="store_true", help="list all keys with their types, defaults and meaning")
     options = parser.parse_intermixed_args(arguments)
     if options.keys:
@@ -29,7 +34,8 @@ def main(arguments: list[str]) -> int:
     from dist_fair.engine.launch import check_world, launch_ranks
 
     if options.ranks is not None:
-        return launch_ranks("train", options.ranks, [*options.overrides, *["--dry-run"][: options.dry_run]])
+        flags = [*["--dry-run"][: options.dry_run], *["--no-step"][: options.no_step]]
+        return launch_ranks("train", options.ranks, [*options.overrides, *flags])
     with Invocation() as invocation:
         from dist_fair.recipe.composition import load
         from dist_fair.recipes import interventions
@@ -42,8 +48,10 @@ def main(arguments: list[str]) -> int:
         training = Training(resolved, invocation)
         if not options.dry_run:
             training.run()
-        elif training.leader:
-            print(training.describe())
+            return Exit.DONE
+        trial = None if options.no_step else training.trial()
+        if training.leader:
+            print(training.describe(trial))
     return Exit.DONE
 
 

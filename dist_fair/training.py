@@ -1,6 +1,6 @@
 """Training a recipe: the run folder is claimed, then the loop runs, watched by the log, W&B and the console."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from dist_fair.engine.accumulation import accumulation_note
 from dist_fair.engine.assembly import vocabulary
 from dist_fair.engine.backends import make_backend
 from dist_fair.engine.device.compilation import compile_module
+from dist_fair.engine.device.flops import flops_per_sample, peak_tflops
+from dist_fair.engine.device.profiling import Profile, micro_batches, profiled
 from dist_fair.engine.device.stopwatch import shares
+from dist_fair.engine.device.trial import Rehearsal, Trial, attempt
 from dist_fair.engine.invocation import Invocation
 from dist_fair.engine.loop import Observer, Rhythm, Trainer
 from dist_fair.engine.optimization import build_optimizer, build_schedule
@@ -44,6 +47,7 @@ class Training(Session):
             refuse_inexact_sam(self.recipe.optimizer.sam, self.module, self.parts.plan, self.comm.world)
             parameters = sum(parameter.numel() for parameter in self.module.parameters())
             self.sizes = parameters, self.module.detector.scoring_parameters()  # a sharded module has fewer, or none
+            self.flops, self.peak = self._arithmetic()
             self.compiled = compile_module(self.module, self.recipe.train.compile)
             self.backend = make_backend(self.recipe.train, self.module, self._optimizer, self.accelerator)
         self.planned_tests = self.tests() if self.recipe.evaluation.at_end else {}
@@ -88,8 +92,28 @@ class Training(Session):
             say(f"{self.folder.path}: all {trainer.step} steps were done before", self.leader)
         return trainer.step == self.parts.steps
 
-    def describe(self) -> str:
-        """What would run, for --dry-run."""
+    def trial(self) -> Trial:
+        """Takes two steps as the run will, on all ranks together, and writes nothing; do not train afterwards.
+
+        Raises DistFairError that says where one fails, and what mends it.
+        """
+        stream = self._batches(0, 2 * self.recipe.train.accumulate)
+        return attempt(self._rehearsal(), stream, self.parts.plan, self.peak)
+
+    def profile(self, steps: int, trace: Path | None, tell: Callable[[str], None]) -> Profile:
+        """Times and traces steps, on all ranks together; see `profiled`. Do not train afterwards."""
+        stream = self._batches(0, micro_batches(steps, self.recipe.train.accumulate))
+        return profiled(self._rehearsal(), stream, self.parts.plan, steps, trace, tell)
+
+    def _rehearsal(self) -> Rehearsal:
+        recipe, world = self.recipe, self.comm.world
+        subject = (f"recipe={recipe.recipe}, detector.name={recipe.detector.name}, train.batch_size="
+                   f"{recipe.train.batch_size} ({self.parts.plan.batch_size // world} at a time on each of {world} "
+                   "ranks)")  # fmt: skip
+        return self._trainer(Rehearsal, subject=subject)
+
+    def describe(self, trial: Trial | None = None) -> str:
+        """What would run, and what a trial has shown, for --dry-run."""
         parts, index = self.parts, self.parts.index
         groups = ", ".join(f"{name} {list(values)}" for name, values in vocabulary(index).items()) or "none"
         parameters, scoring = self.sizes
@@ -105,7 +129,8 @@ class Training(Session):
             f"backend       {self.backend.describe()}",
             f"interventions {', '.join(self.recipe.interventions)}",
             *(f"evaluation    {name}: {len(test)} samples" for name, test in self.planned_tests.items()),
-            "all checks passed; nothing was trained (--dry-run)",
+            *(f"{name:14}{text}" for name, text in (trial.lines() if trial else {}).items()),
+            "all checks passed; nothing was trained, nothing written (--dry-run)",
         ])  # fmt: skip
 
     def _notes(self) -> list[str]:
@@ -126,7 +151,7 @@ class Training(Session):
             self.folder.begin(self.resolved.yaml())
             self.folder.rewind(self.start.step if self.start else 0)
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, kind: type[Trainer] = Trainer, **settings: object) -> Trainer:
         recipe, steps = self.recipe, self.parts.steps
         begun = self.start.step if self.start else 0
         stop = min(steps, begun + recipe.train.stop_after) if recipe.train.stop_after else steps
@@ -135,7 +160,7 @@ class Training(Session):
         if train.accumulate_exact:
             order = canonical_order(self.parts.plan, train.accumulate, self.comm.world).to(self.device)
         rhythm = Rhythm(steps, stop, train.accumulate, train.clip, saved.every, order)
-        trainer = Trainer(
+        trainer = kind(
             self.backend,
             build_schedule(self.backend.optimizer, recipe.schedule, steps),
             self.comm,
@@ -145,11 +170,19 @@ class Training(Session):
             saver=Saver(self.folder.checkpoints, self.resolved.trajectory(), self.comm, saved.keep, saved.criterion()),
             describe=self.parts.index.place,
             preemption=self.invocation.preemption,
+            flops=self.flops,
+            **settings,
         )
         if self.start:
             with on_all_ranks():
                 trainer.resume(self.start)
         return trainer
+
+    def _arithmetic(self) -> tuple[float | None, float | None]:
+        """FLOPs of a sample, and what the device could do, in TFLOP/s."""
+        train, passes = self.recipe.train, 2 if self.recipe.optimizer.sam.rho else 1
+        flops = flops_per_sample(self.module, self.recipe.data.image_size, vocabulary(self.parts.index))
+        return flops and passes * flops, peak_tflops(self.device, train.precision, train.tf32)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(module, self.recipe.optimizer, fused=self.recipe.train.backend == "ddp")
@@ -176,6 +209,8 @@ class Training(Session):
 
             def observe(step: int, values: Mapping[str, object]) -> None:
                 self.invocation.check()
+                if self.peak and "tflops_per_second" in values:
+                    values = {**values, "mfu": values["tflops_per_second"] / self.peak}
                 log.write({"step": step, **values})
                 wandb.log(values, step)
                 progress.step(loss=values["loss"], lr=values["learning_rate"],

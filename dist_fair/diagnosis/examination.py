@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from dist_fair.diagnosis import experiment, files, machine, network, services, software
+from dist_fair.diagnosis import experiment, files, machine, network, services, software, trial
 from dist_fair.diagnosis.site import Site
 from dist_fair.diagnosis.verdict import Verdict, few, merged, names, ok, problem
 from dist_fair.errors import DistFairError
@@ -49,6 +49,7 @@ CHECKS = (
     Check("data sets", experiment.data_sets, 90.0, "does data.root answer on this node?"),
     Check("lanes", experiment.lanes, 90.0, "does data.root answer on this node?"),
     Check("data.stage_to", experiment.stage_to),
+    Check("one step", trial.one_step, 300.0, trial.SLOW, together=True),
     Check("W&B", services.wandb),
 )
 

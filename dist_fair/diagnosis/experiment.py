@@ -33,7 +33,7 @@ def _data_sets(site: Site) -> Iterator[Verdict]:
     data = site.resolved.recipe.data
     for entry in dict.fromkeys((*data.train, *data.eval)):
         name, folder = f"data {entry}", dataset_folder(data, entry)
-        if _undrawn(site):
+        if undrawn(site):
             yield ok(name, f"{folder}: not drawn yet, training draws it", alike=True)
             continue
         try:
@@ -57,7 +57,7 @@ def lanes(site: Site) -> Verdict | None:
     from dist_fair.engine.assembly import training_index, training_plan
 
     chosen, world = site.resolved.recipe, site.ranks.world
-    if _undrawn(site):
+    if undrawn(site):
         return None
     plan = training_plan(chosen, training_index(chosen))
     plan.owned(site.ranks.rank, world)
@@ -82,7 +82,7 @@ def stage_to(site: Site) -> Verdict | None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         return problem("data.stage_to", f"{root}: {place} cannot be written", "name a local folder that is yours")
     folders = {dataset_folder(data, entry) for entry in (*data.train, *data.eval)}
-    indexes = [read_index(folder) for folder in sorted(folders) if not _undrawn(site)]
+    indexes = [read_index(folder) for folder in sorted(folders) if not undrawn(site)]
     copy = NodeCopy(root, shard_folders(root, indexes, [None] * len(indexes)))
     copy.check_space()
     return ok("data.stage_to", f"{root}: {copy.total / 1e9:.3g} GB are still to be copied, and fit")
@@ -99,7 +99,7 @@ def _probe(site: Site, folder: Path) -> tuple:
     return index, reader.read(row, np.zeros_like(row), replace=False).bad
 
 
-def _undrawn(site: Site) -> bool:
+def undrawn(site: Site) -> bool:
     """Are these the demo faces, before the first training?"""
     from dist_fair.data.index import INDEX_NAME
 

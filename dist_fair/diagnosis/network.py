@@ -69,7 +69,7 @@ def all_reduce(site: Site) -> Verdict:
         return ok("all-reduce", "one rank: nothing crosses the network")
     if lost := ranks.tell("lost", sorted(ranks.lost)):
         return problem("all-reduce", f"not run without ranks {', '.join(map(str, lost))}", "see `ranks`")
-    with _connected(site) as (comm, backend):
+    with connected(site) as (comm, backend):
         values = torch.full(((64 if backend == "nccl" else 2) << 20,), ranks.rank + 1.0, device=comm.device)
         expected, seconds = ranks.world * (ranks.world + 1) / 2, []
         for _ in range(4):  # the first one connects
@@ -88,8 +88,11 @@ def all_reduce(site: Site) -> Verdict:
 
 
 @contextmanager
-def _connected(site: Site) -> Iterator[tuple["Communicator", str]]:
-    """The process group that training would have, and the name of its backend."""
+def connected(site: Site, name: str = "group", on_gpu: str = "nccl") -> Iterator[tuple["Communicator", str]]:
+    """The process group that training would have, and the name of its backend.
+
+    name: another one for each group. on_gpu: the backend where each rank has a GPU.
+    """
     import torch
     import torch.distributed as dist
 
@@ -97,15 +100,16 @@ def _connected(site: Site) -> Iterator[tuple["Communicator", str]]:
 
     made = not dist.is_initialized()
     if made:
-        gpus = torch.cuda.device_count()
-        on_gpus = site.ranks.tell("backend", gpus >= site.local_world and dist.is_nccl_available())
+        site.stuck, gpus = True, torch.cuda.device_count()
+        on_gpus = site.ranks.tell(f"{name}/backend", gpus >= site.local_world and dist.is_nccl_available())
         if on_gpus:
             torch.cuda.set_device(site.local_rank % max(1, gpus))
-        dist.init_process_group("nccl" if on_gpus else "gloo", store=dist.PrefixStore("group", site.ranks.store),
+        dist.init_process_group(on_gpu if on_gpus else "gloo", store=dist.PrefixStore(name, site.ranks.store),
                                 rank=site.ranks.rank, world_size=site.ranks.world, timeout=GROUP_TIMEOUT)  # fmt: skip
     yield Communicator(), str(dist.get_backend())
     if made:  # not after an error: leaving a group that does not work would wait for it
         dist.destroy_process_group()
+        site.stuck = False
 
 
 def _exists(variable: str, value: str, present: list[str]) -> bool:

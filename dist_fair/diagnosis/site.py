@@ -13,7 +13,7 @@ class Site:
     """This rank, its environment and, if one was named, the recipe.
 
     fault: why the recipe does not resolve. apart: why this rank looks alone, without the others that were launched.
-    hosts: rank -> node, on rank 0 only.
+    hosts: rank -> node, on rank 0 only. stuck: is this rank still in a process group where it failed, or hangs?
     """
 
     ranks: Ranks
@@ -22,6 +22,7 @@ class Site:
     fault: str | None = None
     apart: str | None = None
     hosts: dict[int, str] = field(default_factory=dict)
+    stuck: bool = False
 
     @property
     def out(self) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 OK, WARNING, PROBLEM = STATES = ("ok", "warning", "problem")
+TOLD = 2  # what ranks say of a problem: one may have it, and the other wait for that one
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ def _merged(verdicts: Mapping[int, Verdict], hosts: Mapping[int, str]) -> Verdic
         return replace(worst, found=told)
     if worst.state == OK:
         return replace(worst, found=f"{worst.found} ({names([*groups[worst.found]], hosts)})")
-    first, *others = groups.items()
-    more = f"; and {names([rank for _, ranks in others for rank in ranks], hosts)} alike" if others else ""
-    return replace(worst, found=f"{names(first[1], hosts)}: {first[0]}{more}")
+    told = [f"{names(ranks, hosts)}: {found}" for found, ranks in [*groups.items()][:TOLD]]
+    if others := [rank for ranks in [*groups.values()][TOLD:] for rank in ranks]:
+        told.append(f"and {names(others, hosts)} likewise")
+    return replace(worst, found="; ".join(told))
 
 
 def names(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import socket
 import stat
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from dist_fair import doctor
 from dist_fair.collectives import Communicator
+from dist_fair.detectors import registry
 from dist_fair.diagnosis import experiment, files, machine, network, services, software
 from dist_fair.diagnosis.examination import CHECKS, Check, examine, examined
 from dist_fair.diagnosis.ranks import Ranks, meet
@@ -23,9 +25,11 @@ from dist_fair.diagnosis.verdict import Verdict, merged, ok, problem, warning
 from dist_fair.errors import DistFairError
 from dist_fair.recipe.composition import load
 from dist_fair.recipes import interventions
+from tests.command_line import crashing
 from tests.ranks import run_ranks
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
+SMALL = ("train.batch_size=16", "detector.arguments={layers: [1, 1, 1, 1], channels: [8, 16, 32, 64]}")
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -65,6 +69,10 @@ def test_ranks_that_agree_are_one_line_and_those_that_differ_are_named() -> None
     said = {rank: [problem("d", "none", "mend")] if rank % 2 == 0 else [] for rank in range(9)}
     said[1] = [ok("d", "1 GB")]
     assert merged(said, many)[0].found == "ranks 0, 2, 4, 6, 8 on n0, n2, n4 and 2 more: none"
+    said = {rank: [problem("d", "waits" if rank != 1 else "out of memory")] for rank in range(3)}
+    assert merged(said, HOSTS)[0].found == "ranks 0, 2 on a, b: waits; rank 1 on a: out of memory"
+    said = {rank: [problem("d", f"{rank} s")] for rank in range(4)}
+    assert merged(said, HOSTS)[0].found == "rank 0 on a: 0 s; rank 1 on a: 1 s; and ranks 2-3 on b likewise"
 
 
 def test_a_check_that_hangs_or_fails_is_a_problem() -> None:
@@ -239,9 +247,16 @@ def test_data_that_a_rank_cannot_use(data: Path, tmp_path: Path, monkeypatch: py
 
 def test_the_program_alone(data: Path, tmp_path: Path, environment, capsys: pytest.CaptureFixture) -> None:
     environment.setenv("WANDB_API_KEY", SECRET)
-    arguments = ["recipe=erm", f"data={data}", f"out={tmp_path / 'run'}", "wandb.mode=offline"]
+    arguments = ["recipe=erm", f"data={data}", f"out={tmp_path / 'run'}", "wandb.mode=offline", *SMALL]
     assert doctor.main(arguments) == 0
-    assert "0 problem(s)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "0 problem(s)" in output
+    assert re.search(r"^ok +one step +[0-9.]+ s on the CPU, [0-9.]+ samples/s; ", output, re.MULTILINE)
+    crashing.known(environment)
+    assert doctor.main([*arguments, "detector.name=crashing", "--json"]) == 2
+    (found,) = [one for one in json.loads(capsys.readouterr().out)["verdicts"] if one["state"] != "ok"]
+    assert found["name"] == "one step"
+    assert f"the backward pass of a real step fails on the CPU: RuntimeError: {crashing.ASSERTION}" in found["found"]
     assert doctor.main(["recipe=ermm", "--json"]) == 2
     output = capsys.readouterr().out
     document = json.loads(output)
@@ -261,10 +276,14 @@ def test_the_store_of_rank_0_cannot_be_reached(environment, capsys: pytest.Captu
         meet({"WORLD_SIZE": "2", "RANK": "1"})
 
 
-def _look(comm: Communicator, folder: Path, card: Path, silent: bool, apart: bool) -> list[Verdict]:
+def _look(
+    comm: Communicator, folder: Path, card: Path, silent: bool = False, apart: bool = False, name: str = "resnet18"
+) -> list[Verdict]:
     """All checks on a rank that talks to the others by a file, but may say nothing, or lie on another disk."""
     told = {"RANK": str(comm.rank), "LOCAL_RANK": str(comm.rank), "LOCAL_WORLD_SIZE": str(comm.world),
             "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    os.environ.update(told, WORLD_SIZE=str(comm.world))
+    registry.register("crashing")(crashing.crashing)
     torch.cuda.device_count = lambda: 0
     files.PATIENCE = 0.5
     if silent and comm.rank == 1:
@@ -272,13 +291,14 @@ def _look(comm: Communicator, folder: Path, card: Path, silent: bool, apart: boo
         return []
     ranks = Ranks(comm.rank, comm.world, dist.FileStore(str(folder / "store"), comm.world), 1.0 if silent else 60.0)
     out = folder / (f"own{comm.rank}" if apart else "run")
-    looked = Site(ranks, told, load(["recipe=erm", f"data={card}", f"out={out}"], interventions()))
+    chosen = ["recipe=erm", f"data={card}", f"out={out}", f"detector.name={name}", *SMALL]
+    looked = Site(ranks, told, load(chosen, interventions()))
     looked.hosts = ranks.collect("hello", f"node{comm.rank}")
     return examine(looked, [check for check in CHECKS if check.name != "Slurm job"])
 
 
 def test_two_ranks(tmp_path: Path, data: Path) -> None:
-    verdicts, others = run_ranks(2, _look, tmp_path, data, False, False)
+    verdicts, others = run_ranks(2, _look, tmp_path, data)
     assert others == []
     told = {verdict.name: verdict for verdict in verdicts}
     assert {verdict.state for verdict in verdicts} == {"ok"}, verdicts
@@ -286,6 +306,17 @@ def test_two_ranks(tmp_path: Path, data: Path) -> None:
     assert told["all-reduce"].found.startswith("gloo: 8 MiB in ")
     assert told["clocks"].found.endswith(" s apart")
     assert "a sample decoded on each rank" in told["data train"].found
+    assert " s on the CPU, " in told["one step"].found
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_whose_step_crashes(tmp_path: Path, data: Path) -> None:
+    told = {verdict.name: verdict for verdict in run_ranks(2, _look, tmp_path, data, False, False, "crashing")[0]}
+    assert [name for name, verdict in told.items() if verdict.state != "ok"] == ["one step"]
+    assert (
+        "train.batch_size=16 (8 at a time on each of 2 ranks): the backward pass of a real " in told["one step"].found
+    )
+    assert f"RuntimeError: {crashing.ASSERTION}" in told["one step"].found
 
 
 def test_two_ranks_that_do_not_share_a_disk(tmp_path: Path, data: Path) -> None:
@@ -300,4 +331,5 @@ def test_a_silent_rank_is_named_and_waited_for_once(tmp_path: Path, data: Path) 
     told = {verdict.name: verdict for verdict in run_ranks(2, _look, tmp_path, data, True, False)[0]}
     assert state(told["ranks"], "1 of 2 do not answer: rank 1", "MASTER_ADDR") == "problem"
     assert state(told["all-reduce"], "not run without ranks 1") == "problem"
+    assert state(told["one step"], "not taken without ranks 1") == "problem"
     assert told["run folder"].state == "ok"
