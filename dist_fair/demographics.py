@@ -5,6 +5,7 @@ attributes, the last attribute running fastest: ("gender", "race") gives female/
 A sample with any unknown value belongs to no group (code -1).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -51,19 +52,42 @@ class Groups:
         return " x ".join(self.attributes)
 
     def __len__(self) -> int:
-        return int(np.prod([len(values) for values in self.values]))
+        return math.prod([len(values) for values in self.values])
 
     def codes(self, columns: Mapping[str, np.ndarray] | Mapping[str, torch.Tensor]):
         """Group code of each sample, (B,), from the attribute codes (B,); -1 where any attribute is unknown.
 
-        Works on NumPy arrays and on tensors of any device.
+        Works on NumPy arrays and on tensors of any device. Of a single attribute it is that column itself.
         """
-        first = columns[self.attributes[0]]
-        codes, unknown = first * 0, first < 0
-        for attribute, values in zip(self.attributes, self.values, strict=True):
-            codes = codes * len(values) + columns[attribute]
-            unknown = unknown | (columns[attribute] < 0)
-        return torch.where(unknown, -1, codes) if isinstance(codes, torch.Tensor) else np.where(unknown, -1, codes)
+        codes, *others = self.columns(columns)
+        if not others:
+            return codes
+        library, lowest = torch if isinstance(codes, torch.Tensor) else np, codes
+        for column, values in zip(others, self.values[1:], strict=True):
+            codes = codes * len(values) + column
+            lowest = library.minimum(lowest, column)
+        return library.where(lowest < 0, lowest, codes)
+
+    def columns(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Those of the columns that are of its attributes, in their order: the place of each sample in a `table`."""
+        return tuple(columns[attribute] for attribute in self.attributes)
+
+    def table(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (G + 1, ...), one for each group and a last one for samples of none, by the codes of all attributes.
+
+        (V_1 + 1, ..., V_K + 1, ...): indexed with `columns` it gives the row of every sample at once. On a GPU that is
+        one kernel, where the group codes alone take several.
+        """
+        codes = combinations([len(values) for values in self.values])
+        return rows[self.codes(dict(zip(self.attributes, codes, strict=True)))]
+
+
+def combinations(sizes: Sequence[int]) -> list[np.ndarray]:
+    """Every combination of the codes of some columns that have so many values, each (V_1 + 1, ..., V_K + 1) int64.
+
+    Along axis k column k runs through its codes, and at last through -1, the unknown: where an index of -1 looks.
+    """
+    return list(np.meshgrid(*(np.append(np.arange(size), -1) for size in sizes), indexing="ij"))
 
 
 def attribute_sets(attributes: Sequence[str]) -> list[tuple[str, ...]]:

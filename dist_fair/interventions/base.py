@@ -130,6 +130,10 @@ class ScoringData(Protocol):
 class Intervention(nn.Module):
     """Base of all interventions. A module, so that its parameters and buffers train, move and are saved.
 
+    Hooks of a step (all but `restructure`) never wait for the device: they ask for no number that lies there, and for
+    no shape that depends on one. What stays the same is a buffer, which is made once; persistent=False where whoever
+    builds the recipe makes it again. So they can be compiled, and where they are not, each operation is a launch.
+
     width: the number of features that leave `transform`, given those that enter.
     terms: the names of the terms that `objective` gives, so that a log has a place for them while their weight is 0.
     measures: the names of further numbers that `objective` gives, which are logged and do not enter the loss.
@@ -245,27 +249,26 @@ def exchange(
     summaries: Mapping[str, Summary], comm: Communicator, sizes: Sequence[int]
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Local summaries of all interventions -> global ones; one all-reduce, one all-gather for any recipe."""
-    sums = {(owner, key): part.tensor for owner, parts in summaries.items() for key, part in parts.items()
-            if isinstance(part, Sum)}  # fmt: skip
-    gathers = {(owner, key): part.rows for owner, parts in summaries.items() for key, part in parts.items()
-               if isinstance(part, Gather)}  # fmt: skip
+    parts = [(owner, key, part) for owner, summary in summaries.items() for key, part in summary.items()]
+    sums = [(owner, key, part.tensor) for owner, key, part in parts if isinstance(part, Sum)]
+    gathers = [(owner, key, part.rows) for owner, key, part in parts if isinstance(part, Gather)]
     result: dict[str, dict[str, torch.Tensor]] = {owner: {} for owner in summaries}
     if sums:
-        flat = torch.cat([tensor.reshape(-1).to(_wire_type(sums.values())) for tensor in sums.values()])
-        parts = comm.replicated_sum(flat, "summaries/sum").split([tensor.numel() for tensor in sums.values()])
-        for ((owner, key), tensor), part in zip(sums.items(), parts, strict=True):
-            result[owner][key] = part.view(tensor.shape)
+        whole = comm.replicated_sum(_joined([tensor.reshape(-1) for *_, tensor in sums]), "summaries/sum")
+        pieces = whole.split([tensor.numel() for *_, tensor in sums])
+        for (owner, key, tensor), piece in zip(sums, pieces, strict=True):
+            result[owner][key] = piece.view(tensor.shape)
     if gathers:
-        widths = [rows[0:1].numel() if len(rows) else rows.new_zeros((1, *rows.shape[1:])).numel()
-                  for rows in gathers.values()]  # fmt: skip
-        columns = [rows.reshape(len(rows), width).to(_wire_type(gathers.values()))
-                   for rows, width in zip(gathers.values(), widths, strict=True)]  # fmt: skip
-        everyone = comm.replicated_gather(torch.cat(columns, dim=1), "summaries/gather", sizes)
-        for ((owner, key), rows), part in zip(gathers.items(), everyone.split(widths, dim=1), strict=True):
-            result[owner][key] = part.reshape(len(everyone), *rows.shape[1:])
+        columns = [rows.reshape(len(rows), rows.shape[1:].numel()) for *_, rows in gathers]
+        whole = comm.replicated_gather(_joined(columns, dim=1), "summaries/gather", sizes)
+        pieces = whole.split([column.shape[1] for column in columns], dim=1)
+        for (owner, key, rows), piece in zip(gathers, pieces, strict=True):
+            result[owner][key] = piece.reshape(len(whole), *rows.shape[1:])
     return result
 
 
-def _wire_type(tensors: Iterable[torch.Tensor]) -> torch.dtype:
-    """fp32 at least; fp64 where anything is."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def _joined(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The tensors in one, in fp32 at least; in fp64 where any of them is."""
+    wire = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    tensors = [tensor.to(wire) for tensor in tensors]
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]

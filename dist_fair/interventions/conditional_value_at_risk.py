@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch.nn import functional
 
 from dist_fair.data.batch import Batch
+from dist_fair.demographics import Groups
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Gather, Intervention, Summary, Weighted, register
-from dist_fair.interventions.order_statistics import smoothed_worst_part, worst_part_weights
+from dist_fair.interventions.heads import lifted
+from dist_fair.interventions.known_gradient import with_gradient
+from dist_fair.interventions.order_statistics import smoothed_worst_part, worst_parts
 
 OUTERS = ("hinge", "smoothed", "guarded")
 
@@ -81,41 +84,86 @@ class ConditionalValueAtRisk(Intervention):
             raise DistFairError(f"conditional_value_at_risk: the data has {len(self.groups)} value of "
                                 f"{self.groups.label}, so there is no worst group: name other attributes, or "
                                 "attributes=[] and inner_alpha=null")  # fmt: skip
+        # Made anew by whoever builds the recipe: not a part of checkpoints.
+        for name, table in _tables(self.groups).items():
+            self.register_buffer(name, table, persistent=False)
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Per sample, (B, 3): w l, w, and 2 g + y."""
-        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
-        losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-        codes = torch.zeros_like(batch.labels) if self.groups is None else self.groups.codes(batch.attributes)
-        weights, keys = weights.to(losses), (2 * codes + batch.labels).to(losses)
-        return {"samples": Gather(torch.stack([weights * losses, weights, keys], dim=1))}
+        logits = lifted(outputs.logits)
+        weights = weights.to(logits)
+        losses = (self.minus[batch.labels] * weights[:, None] * logits.log_softmax(1)).sum(1)
+        columns = () if self.groups is None else self.groups.columns(batch.attributes)
+        return {"samples": Gather(torch.stack([losses, weights, self.keys[(*columns, batch.labels)]], dim=1))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        losses, weights, keys = summary["samples"].double().unbind(1)
-        codes, labels = keys.detach().long() >> 1, keys.detach().long() & 1
+        samples = summary["samples"]
         with torch.no_grad():
-            chance = self._risk(weights * self._constant(codes, labels), codes, self.settings.outer)
-        risk = self._risk(losses, codes, self.settings.outer)
+            (risk, chance), slopes = self._risks(samples.double())
+        risk = with_gradient(risk, samples, slopes[:, None] * self.first)
         return {"conditional_value_at_risk": risk, "conditional_value_at_risk_at_chance": chance}
 
-    def _risk(self, losses: torch.Tensor, codes: torch.Tensor, outer: str) -> torch.Tensor:
-        """The scalar that is made of losses (n,) and group codes (n,)."""
-        alpha, present = self.settings.alpha, codes >= 0
-        if self.groups is not None:
-            members = codes == torch.arange(len(self.groups), device=codes.device)[:, None]
-            inner = worst_part_weights(losses, codes, len(self.groups), self.settings.inner_alpha)
-            # Not by index_add, which rounds differently from rank to rank on a GPU: all must choose the same groups.
-            losses, present = torch.where(members, inner * losses, 0).sum(1), members.any(1)
-        if outer != "hinge":
-            return smoothed_worst_part(losses, present, alpha, outer == "guarded")
-        return (worst_part_weights(losses, torch.where(present, 0, -1), 1, alpha) * losses).sum()
+    def _risks(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of samples (n, 3) the risk and what it is at chance, (2,), and the derivatives of the former by w l, (n,)."""
+        losses, weights, keys = samples.unbind(1)
+        keys, alpha = keys.long(), self.settings.alpha
+        members, kinds = self.members[keys].T, self.kinds[keys]
+        counts, labels = kinds[:, :-2].sum(0).view(-1, 2), kinds[:, -2:]
+        number = counts.sum(1, keepdim=True)
 
-    def _constant(self, codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Losses (n,) of the best constant prediction p, for the hinge and sample weights of 1.
+        def with_chance(most: torch.Tensor) -> torch.Tensor:
+            return torch.stack([losses, weights * (labels @ _log_shares(most))])
 
-        CVaR is the largest mean over some set of reweighted batches, whose shares of fakes q are an interval. min over
-        p and max over q of -q log p - (1 - q) log(1 - p) may change places: the largest entropy, and p is its q.
-        """
-        most_fakes, most_reals = (self._risk((labels == label).double(), codes, "hinge") for label in (1, 0))
-        p = torch.full_like(most_fakes, 0.5).clamp(1 - most_reals, most_fakes)
-        return -torch.where(labels == 1, p, 1 - p).clamp_min(torch.finfo(p.dtype).tiny).log()
+        if self.groups is None:  # each sample is a group of its own
+            k = alpha * number
+            risks, slopes = self._outer(with_chance(_most(counts, k)[:, 0]), members, k)
+            return risks, slopes[0]
+        inner, present = self.settings.inner_alpha * number, number.clamp_max(1).T
+        outer = alpha * present.sum(1, keepdim=True)
+        most, _ = worst_parts(_most(counts, inner), present, outer)
+        means, parts = worst_parts(with_chance(most[:, 0]), members, inner)
+        risks, slopes = self._outer(means, present, outer)
+        return risks, slopes[0] @ parts[0]
+
+    def _outer(self, values: torch.Tensor, present: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Risks (R,) of the values (R, n) that are present, (1, n) ones, and their derivatives (R, n)."""
+        if self.settings.outer != "hinge":
+            return smoothed_worst_part(values, present, self.settings.alpha, self.settings.outer == "guarded")
+        means, weights = worst_parts(values, present, k)
+        return means[:, 0], weights[:, 0]
+
+
+def _tables(groups: Groups | None) -> dict[str, torch.Tensor]:
+    """What a sample is, by its codes or by its key, 2 g + y. Keys -2 and -1, of unknown groups, are the last rows.
+
+    keys: by attribute codes and label. members: (2 G + 2, G), one at its group. kinds: (2 G + 2, 2 G + 2), one at its
+    group and label, and behind these columns minus one at its label. minus: (2, 2), that by label alone. first: (3,),
+    which of the columns on the wire is the loss. Without groups all are of one.
+    """
+    number = 1 if groups is None else len(groups)
+    codes = np.append(np.arange(number), -1)
+    keys = (2 * codes[:, None] + np.arange(2)).astype(np.float32)
+    kinds, minus = torch.eye(2 * number + 2, 2 * number), -torch.eye(2)
+    return {
+        "keys": torch.from_numpy(keys[0] if groups is None else groups.table(keys)),
+        "members": kinds.view(-1, number, 2).sum(2).double(),
+        "kinds": torch.cat([kinds, minus.repeat(number + 1, 1)], dim=1).double(),
+        "minus": minus,
+        "first": torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64),
+    }
+
+
+def _most(counts: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The largest share of reals, and of fakes, that the k worst of each group can have, (2, G). counts: (G, 2)."""
+    return (counts / k.clamp_min(torch.finfo(k.dtype).tiny)).clamp_max(1).T
+
+
+def _log_shares(most: torch.Tensor) -> torch.Tensor:
+    """log(1 - p) and log p, (2,), of the best constant prediction p, for the hinge and sample weights of 1.
+
+    most: (2,), the largest share of reals, and of fakes, that the worst part can have. CVaR is the largest mean over
+    some set of reweighted batches, whose shares of fakes q are an interval. min over p and max over q of
+    -q log p - (1 - q) log(1 - p) may change places: the largest entropy, and p is its q.
+    """
+    shares = torch.minimum((1 - most.flip(0)).clamp_min(0.5), most)
+    return shares.clamp_min(torch.finfo(shares.dtype).tiny).log()

@@ -1,6 +1,6 @@
 """Contrastive loss (PG-FDD): forgery features lie closer to those of their own kind than to the other half's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,35 +73,42 @@ class ContrastiveLoss(Intervention):
 
     def __init__(self, settings: Settings, facts: Facts, features: int):
         super().__init__(settings, facts, features)
-        self.classes = {SHARED: 2, SPECIFIC: 1 + len(facts.index.manipulations.values)}
-        self.salts = {space: keyed.integer("contrastive_loss", space) for space in self.reads}
+        self.classes = max(2, 1 + len(facts.index.manipulations.values))
+        salts = [[keyed.integer("contrastive_loss", space)] for space in self.reads]
+        # Made anew by whoever builds the recipe: not a part of checkpoints.
+        self.register_buffer("salts", torch.tensor(salts), persistent=False)
+        self.register_buffer("halves", torch.eye(2), persistent=False)
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Per space, rows (B, 4 + d): label, class, two draws (fp32, exact on the wire), features; or their sums."""
         codes = {SHARED: batch.labels, SPECIFIC: forgery_labels(batch)}
-        summary: Summary = {}
-        for space in self.reads:
+        numbers = torch.stack([code for space in self.reads for code in (batch.labels, codes[space])], dim=1)
+        draws = uniform(mixed(batch.keys, self.salts).flatten(), 2).view(len(self.reads), -1, 2)
+        rows = []
+        for space, own, drawn in zip(self.reads, numbers.float().split(2, dim=1), draws, strict=True):
             features = lifted(outputs.extras[space])
-            numbers = torch.stack([batch.labels, codes[space]], dim=1).to(features)
-            draws = uniform(mixed(batch.keys, self.salts[space]), 2).to(features)
-            rows = torch.cat([numbers, draws, features], dim=1)
-            summary[space] = Gather(rows) if self.settings.scope == "global" else Sum(self._sums(rows, space))
-        return summary
+            rows.append(torch.cat([own.to(features), drawn.to(features), features], dim=1))
+        if self.settings.scope == "global":
+            return {space: Gather(part) for space, part in zip(self.reads, rows, strict=True)}
+        return {space: Sum(part) for space, part in zip(self.reads, self._sums(rows), strict=True)}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        whole = self.settings.scope == "global"
-        sums = [self._sums(part, space) if whole else part for space, part in summary.items()]
-        losses, anchors = torch.cat(sums).unbind(1)
-        return {"contrastive": (losses / anchors.clamp_min(1)).sum()}
+        parts = [summary[space] for space in self.reads]
+        sums = self._sums(parts) if self.settings.scope == "global" else torch.stack(parts)
+        losses, anchors = sums.unbind(-1)
+        return {"contrastive": (losses / anchors.detach().clamp_min(1)).sum()}
 
-    def _sums(self, rows: torch.Tensor, space: str) -> torch.Tensor:
-        """Sum of the losses and number of anchors of reals and of fakes, (2, 2) fp64."""
-        numbers, features = rows[:, :4].detach(), rows[:, 4:].double()
-        labels, codes = numbers[:, :2].long().unbind(1)
-        positives, negatives, there = triplets(
-            labels, codes, numbers[:, 2:], self.classes[space], self.settings.self_pairs
-        )
-        near, far = (functional.pairwise_distance(features, features[one]) for one in (positives, negatives))
-        losses = (near - far + self.settings.margin).clamp_min(0)
-        halves = there & (labels == torch.arange(2, device=labels.device)[:, None])
-        return torch.stack([torch.where(halves, losses, 0).sum(1), halves.sum(1).to(losses)], dim=1)
+    def _sums(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Per space sums of the losses and numbers of anchors, of reals and of fakes, (S, 2, 2) fp64."""
+        numbers = torch.stack([part[:, :4].detach() for part in rows])
+        labels, codes = numbers[..., :2].long().unbind(-1)
+        *others, there = triplets(labels, codes, numbers[..., 2:], self.classes, self.settings.self_pairs)
+        losses = [self._losses(part[:, 4:].double(), chosen)
+                  for part, chosen in zip(rows, torch.stack(others, dim=1), strict=True)]  # fmt: skip
+        anchors = self.halves[labels].double() * there[..., None]
+        return torch.stack([torch.stack(losses)[..., None] * anchors, anchors], dim=-1).sum(1)
+
+    def _losses(self, features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """(n,), of features (n, d) with these rows for positives and negatives, (2, n)."""
+        near, far = functional.pairwise_distance(features, features[others])
+        return (near - far + self.settings.margin).clamp_min(0)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from dist_fair.data.batch import Batch
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
-from dist_fair.interventions.base import Intervention, Sum, Summary, Weighted, register
+from dist_fair.interventions.base import Facts, Intervention, Sum, Summary, Weighted, register
+from dist_fair.interventions.heads import lifted
 
 REDUCTIONS = ("mean", "class_balanced")
 
@@ -45,22 +45,28 @@ class CrossEntropy(Intervention):
 
     settings: Settings
 
+    def __init__(self, settings: Settings, facts: Facts, features: int):
+        super().__init__(settings, facts, features)
+        self.register_buffer("classes", torch.eye(2), persistent=False)
+        self.register_buffer("signs", torch.tensor([-1.0, 0.0, 0.0]), persistent=False)  # with which sums are losses
+
     @property
     def couples(self) -> bool:
         return self.settings.reduction != "mean"
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
-        """Per class, (2, 3): sums of w l, of w and of 1."""
-        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
-        losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-        weights = weights.to(losses)
-        columns = torch.stack([weights * losses, weights, torch.ones_like(losses)], dim=1)
-        return {"classes": Sum(columns.new_zeros(2, 3).index_add(0, batch.labels, columns))}
+        """Per class, (2, 3): sums of -w l, of w and of 1."""
+        logits, own = lifted(outputs.logits), self.classes[batch.labels]
+        weighted = own * weights.to(logits)[:, None]
+        columns = torch.stack([weighted * logits.log_softmax(1), weighted, own], dim=2)
+        return {"classes": Sum(columns.sum(0))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        losses, weights, counts = summary["classes"].unbind(1)
-        if self.settings.reduction == "mean":
-            counts = counts.sum().expand(2)
-        losses, masses = losses / counts.clamp_min(1), weights / counts.clamp_min(1)
-        chance = -torch.xlogy(masses, masses / masses.sum().clamp_min(torch.finfo(masses.dtype).tiny)).sum()
-        return {"cross_entropy": losses.sum(), "cross_entropy_at_chance": chance}
+        sums = summary["classes"]
+        counts = sums[:, 2:].detach()
+        means = sums / (counts.sum() if self.settings.reduction == "mean" else counts).clamp_min(1)
+        masses = means[:, 1].detach()
+        whole = masses.sum()
+        # sum over c of -m_c log(m_c / m): a constant prediction can do no better.
+        chance = torch.xlogy(whole, whole) - torch.xlogy(masses, masses).sum()
+        return {"cross_entropy": (means * self.signs).sum(), "cross_entropy_at_chance": chance}

@@ -1,7 +1,6 @@
 """What the losses of a detector's further heads share: mean cross-entropies of samples that have a label."""
 
 import torch
-from torch.nn import functional
 
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
@@ -13,16 +12,18 @@ def lifted(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of logits (B, K) with labels (B,), and their number, (2,); label -1 is left out."""
-    losses = functional.cross_entropy(lifted(logits), labels, ignore_index=-1, reduction="sum")
-    return torch.stack([losses, (labels >= 0).sum().to(losses)])
+def loss_sums(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Minus the sum of the cross-entropies of logits (B, K), and their number, (2,).
+
+    own: (B, K), ones at the labels; zeros for a sample that has none and is left out.
+    """
+    return torch.stack([own * lifted(logits).log_softmax(1), own]).sum((1, 2))
 
 
 def loss_mean(sums: torch.Tensor) -> torch.Tensor:
     """The mean loss from `loss_sums` of all samples; 0 without any."""
     losses, number = sums
-    return losses / number.clamp_min(1)
+    return losses / -number.detach().clamp_min(1)
 
 
 def forgery_classes(index: Index, switch_off: str) -> int:
@@ -38,5 +39,5 @@ def forgery_classes(index: Index, switch_off: str) -> int:
 
 def forgery_labels(batch: Batch) -> torch.Tensor:
     """Per sample, (B,): 0 real, 1 + manipulation code of a fake, -1 for a fake of unknown manipulation."""
-    fakes = torch.where(batch.manipulations < 0, -1, batch.manipulations + 1)
-    return torch.where(batch.labels == 0, 0, fakes)
+    codes = batch.manipulations
+    return torch.where(codes < 0, codes, codes + 1) * batch.labels

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
@@ -69,6 +70,7 @@ class LowRankProjection(Intervention):
                                 f"that enter: set rank to at most {features}")  # fmt: skip
         self.width = settings.rank
         self.basis = nn.Parameter(nn.init.orthogonal_(torch.empty(features, settings.rank)))
+        self.register_buffer("identity", torch.eye(settings.rank), persistent=False)  # no part of checkpoints
 
     @classmethod
     def at_inference(cls, settings: Settings, tensors: Mapping[str, torch.Tensor]) -> Projection:
@@ -82,10 +84,9 @@ class LowRankProjection(Intervention):
         return (unit_vectors(features) if self.settings.normalise else features) @ self.directions()
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        basis, rank = self.directions(), self.settings.rank
-        excess = basis.T @ basis - torch.eye(rank, dtype=basis.dtype, device=basis.device)
-        square = (excess**2).sum()
-        return {"orthogonality": square if self.settings.reduction == "frobenius" else square / rank**2}
+        basis = self.directions()
+        reduction = "sum" if self.settings.reduction == "frobenius" else "mean"
+        return {"orthogonality": functional.mse_loss(basis.T @ basis, self.identity, reduction=reduction)}
 
 
 def directions(basis: torch.Tensor, hard: bool) -> torch.Tensor:

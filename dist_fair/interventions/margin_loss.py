@@ -64,13 +64,14 @@ class MarginLoss(Intervention):
                                 "attributes")  # fmt: skip
         # Made anew from the plan by whoever builds the recipe: not a part of checkpoints.
         self.register_buffer("margins", torch.from_numpy(margins(drawn, settings.max_margin)), persistent=False)
+        members = self.groups.table(np.eye(len(drawn) + 1, len(drawn)))
+        self.register_buffer("members", torch.from_numpy(members).float(), persistent=False)
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
-        """Sum of the losses and number of samples of known group, (2,)."""
-        logits, codes = lifted(outputs.extras[LOGITS]), self.groups.codes(batch.attributes)
-        own = codes[:, None] == torch.arange(len(self.groups), device=codes.device)
-        scaled = self.settings.scale * (logits - torch.where(own, self.margins.to(logits), 0))
-        return {"losses": Sum(loss_sums(scaled, codes))}
+        """See `loss_sums`, (2,); of samples of known group."""
+        logits, own = lifted(outputs.extras[LOGITS]), self.members[self.groups.columns(batch.attributes)]
+        scaled = self.settings.scale * (logits - own * self.margins.to(logits))
+        return {"losses": Sum(loss_sums(scaled, own))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"margin_loss": loss_mean(summary["losses"])}

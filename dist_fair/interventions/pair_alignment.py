@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
 from dist_fair.data.batch import Batch
+from dist_fair.demographics import Groups, combinations
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Gather, Intervention, Sum, Summary, Weighted, register
+from dist_fair.interventions.heads import forgery_labels
 from dist_fair.interventions.pairs import hardest_partners, mean_of_all, mean_of_chosen, sums_by_code, unit_vectors
 
 MATCHES, OPPOSITE = ("label", "manipulation"), "opposite:"
@@ -93,34 +96,54 @@ class PairAlignment(Intervention):
         if settings.match == "manipulation" and not facts.index.manipulations.values:
             raise DistFairError("pair_alignment: match=manipulation, but the data names no manipulations: set "
                                 "match=label, or index the data with them")  # fmt: skip
-        matches = 2 if settings.match == "label" else 1 + len(facts.index.manipulations.values)
+        self.manipulations = len(facts.index.manipulations.values) if settings.match == "manipulation" else None
+        matches = 2 if self.manipulations is None else 1 + self.manipulations
         self.shape = len(self.contrast), matches * (len(self.agreeing) if self.agreeing else 1)
+        # Made anew from the data by whoever builds the recipe: not a part of checkpoints.
+        self.register_buffer("table", self._table(facts.groups(settings.attributes)), persistent=False)
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Sums and counts of unit vectors, (G, M, d + 1), or features (B, d) and their codes (B, 2)."""
-        contrast, match = self.codes(batch)
+        rows = self.table[self._columns(batch)]
         if self.settings.pairs != "hardest":
-            units = unit_vectors(outputs.features.double())
-            return {"sums": Sum(sums_by_code(units, contrast, match, self.shape))}
+            sums = sums_by_code(unit_vectors(outputs.features, torch.float64), rows)
+            return {"sums": Sum(sums.view(*self.shape, -1))}
         features = outputs.features.to(torch.promote_types(outputs.features.dtype, torch.float32))
-        return {"features": Gather(features), "codes": Gather(torch.stack([contrast, match], dim=1).to(features))}
+        return {"features": Gather(features), "codes": Gather(rows.to(features))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "sums" in summary:
             mean, number = mean_of_all(summary["sums"], self.settings.balanced)
         else:
-            units, codes = unit_vectors(summary["features"].double()), summary["codes"].detach().long()
+            units, codes = unit_vectors(summary["features"], torch.float64), summary["codes"].detach().long()
             mean, number = mean_of_chosen(units, *hardest_partners(units, *codes.unbind(1), self.settings.hardest))
-        return {"pair_alignment": torch.where(number > 0, 1 + self.settings.epsilon - mean, mean)}
+        return {"pair_alignment": number.clamp_max(1) * (1 + self.settings.epsilon) - mean}
 
     def codes(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Contrast and match code of each sample, (B,): they must differ, and agree, in a pair; -1 both for no pair."""
-        contrast, match = self.contrast.codes(batch.attributes), batch.labels
-        if self.settings.match == "manipulation":
-            fake = torch.where(batch.manipulations < 0, -1, batch.manipulations + 1)
-            match = torch.where(batch.labels == 0, 0, fake)
+        contrast = self.contrast.codes(batch.attributes)
+        match = batch.labels if self.manipulations is None else forgery_labels(batch)
         unknown = (contrast < 0) | (match < 0)
         if self.agreeing is not None:
             shared = self.agreeing.codes(batch.attributes)
             match, unknown = match * len(self.agreeing) + shared, unknown | (shared < 0)
         return torch.where(unknown, -1, contrast), torch.where(unknown, -1, match)
+
+    def _columns(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """All that the codes of a sample depend on: its place in `table`."""
+        columns = *(batch.attributes[name] for name in self.settings.attributes), batch.labels
+        return columns if self.manipulations is None else (*columns, batch.manipulations)
+
+    def _table(self, groups: Groups) -> torch.Tensor:
+        """By `_columns`: the codes, (..., 2), to mine by; else the row of a (B, G M) matrix of who is in which sum."""
+        sizes = [*map(len, groups.values), 2, self.manipulations or 0]
+        *attributes, labels, manipulations = map(torch.from_numpy, combinations(sizes))
+        columns = dict(zip(groups.attributes, attributes, strict=True))
+        codes = self.codes(SimpleNamespace(attributes=columns, labels=labels, manipulations=manipulations))
+        if self.manipulations is None:
+            codes = [code[..., 0] for code in codes]
+        if self.settings.pairs == "hardest":
+            return torch.stack([*codes], dim=-1)
+        (contrast, match), (groups, matches) = codes, self.shape
+        identity = torch.eye(groups * matches + 1, groups * matches, dtype=torch.float64)
+        return identity[torch.where(match < 0, -1, contrast * matches + match)]

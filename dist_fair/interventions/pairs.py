@@ -5,46 +5,75 @@ pair has the code -1 in both: it differs from itself in nothing and from all oth
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from dist_fair.interventions.known_gradient import with_gradient
 
 SHORTEST = 1e-12  # norm below which a feature vector has no direction
 DECIMALS = 9  # to which two cosines are tied
 CHUNK = 2**22  # cosines in memory at once: 32 MiB in fp64, and four times that with keys, masks and the choice
 
 
-def unit_vectors(features: torch.Tensor) -> torch.Tensor:
+def unit_vectors(features: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Features (B, d) scaled to norm 1; one of norm below SHORTEST becomes 0 and has no gradient.
 
     To that end such a norm counts as infinite. Clamped to SHORTEST it would give a zero vector gradients of 1e12.
+    dtype: of the result and of all on the way there and back; None: that of the features.
     """
-    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features / torch.where(norms < SHORTEST, torch.inf, norms)
+    return _UnitVectors.apply(features, dtype or features.dtype)
 
 
-def sums_by_code(
-    units: torch.Tensor, contrast: torch.Tensor, match: torch.Tensor, shape: tuple[int, int]
-) -> torch.Tensor:
-    """Sum and number of the unit vectors (B, d) of each contrast code and match code, (G, M, d + 1), additive."""
-    codes = torch.where(match < 0, shape[0] * shape[1], contrast * shape[1] + match)
-    rows = functional.pad(units, (0, 1), value=1.0)
-    return rows.new_zeros(shape[0] * shape[1] + 1, rows.shape[1]).index_add(0, codes, rows)[:-1].view(*shape, -1)
+class _UnitVectors(torch.autograd.Function):
+    """u = h / |h| and dh = (du - (du . u) u) / |h|: three kernels and four, where autograd's way back has 14."""
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=dtype)
+        norms = functional.threshold(norms, SHORTEST, torch.inf)
+        units = features / norms
+        ctx.save_for_backward(units, norms)
+        ctx.kind = features.dtype
+        return units
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        units, norms = ctx.saved_tensors
+        along = (gradient * units).sum(1, keepdim=True)
+        across = torch.addcmul(gradient, units, along, value=-1)
+        return torch.div(across, norms, out=across.new_empty(across.shape, dtype=ctx.kind)), None
+
+
+def sums_by_code(units: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Sum and number of the unit vectors (B, d) of each code, (K, d + 1), additive; members: (B, K), ones and zeros.
+
+    A product, since index_add on a GPU adds in another order each time.
+    """
+    return torch.cat([members.T @ units, members.sum(0)[:, None]], dim=1)
 
 
 def mean_of_all(sums: torch.Tensor, balanced: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cosine over all pairs and the number of (ordered) pairs, from `sums_by_code`; 0 and 0 without any.
+    """Mean cosine over all pairs and the number of (ordered) pairs; 0 and 0 without any.
 
-    With sums S_gc and counts n_gc of unit vectors u, the cosines of all pairs with match code c add up to
+    sums: (G, M, d + 1), of `sums_by_code`, by contrast and match code. With sums S_gc and counts n_gc of unit vectors
+    u, the cosines of all pairs with match code c add up to
 
         sum over a != b of S_ac . S_bc  =  sum_a S_ac . (S_c - S_ac),      S_c = sum_b S_bc
 
+    and the gradient of that is 2 (S_c - S_ac). With n in place of S it is the number of pairs.
     balanced: the mean over all (c, a, b) with members on both sides of their mean cosine. That is S_ac . S_bc / (n_ac
     n_bc), the same formula with means in place of sums and ones in place of counts.
     """
-    sums, counts = sums[..., :-1], sums[..., -1]
-    if balanced:
-        sums, counts = sums / counts.clamp_min(1).unsqueeze(-1), (counts > 0).to(counts)
-    number = (counts * (counts.sum(0) - counts)).sum()
-    return (sums * (sums.sum(0) - sums)).sum() / number.clamp_min(1), number
+    with torch.no_grad():
+        sizes = sums[..., -1:].clamp_min(1) if balanced else None
+        own = sums / sizes if balanced else sums
+        others = own.sum(0) - own
+        totals = (own * others).sum((0, 1))
+        number = totals[-1]
+        divisor = number.clamp_min(1)
+        mean, gradient = totals[:-1].sum() / divisor, others / (divisor / 2)
+    return with_gradient(mean, sums, gradient / sizes if balanced else gradient), number
 
 
 @torch.no_grad()
@@ -74,9 +103,20 @@ def mean_of_chosen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cosine of the (ordered) pairs that `hardest_partners` gave and their number; 0 and 0 without any.
 
-    Both ends of a pair get their gradient. The partners' unit vectors are added up to (B, d) without being held as
-    (B, k, d).
+    Both ends of a pair get their gradient. With ones in C (B, B) where a row has chosen a column, that is
+
+        <U, C U> / n,      and its gradient (C U + C^T U) / n
+
+    CHUNK numbers of C are in memory at once. Products, since sums by index are in no order on a GPU.
     """
-    together = functional.embedding_bag(partners, units, mode="sum", per_sample_weights=there.to(units))
-    number = there.sum()
-    return (units * together).sum() / number.clamp_min(1), number
+    with torch.no_grad():
+        size, (back, forth) = len(units), (torch.zeros_like(units), [])
+        partners = torch.where(there, partners, size)
+        for rows, columns in zip(*(part.split(max(1, CHUNK // size)) for part in (units, partners)), strict=True):
+            chosen = units.new_zeros(len(rows), size + 1).scatter_(1, columns, 1.0)[:, :size]
+            forth.append(chosen @ units)
+            back.addmm_(chosen.T, rows)
+        number = there.sum(dtype=units.dtype)
+        together, divisor = torch.cat(forth), number.clamp_min(1)
+        mean, gradient = (units * together).sum() / divisor, (together + back) / divisor
+    return with_gradient(mean, units, gradient), number

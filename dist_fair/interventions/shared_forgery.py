@@ -8,7 +8,7 @@ import torch
 from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
 from dist_fair.detectors.base import Outputs
-from dist_fair.interventions.base import Intervention, Sum, Summary, Weighted, register
+from dist_fair.interventions.base import Facts, Intervention, Sum, Summary, Weighted, register
 from dist_fair.interventions.heads import loss_mean, loss_sums
 
 LOGITS = "shared_logits"
@@ -35,9 +35,13 @@ class SharedForgery(Intervention):
     def needs(cls, settings: Settings, index: Index) -> dict[str, int]:
         return {LOGITS: 2}
 
+    def __init__(self, settings: Settings, facts: Facts, features: int):
+        super().__init__(settings, facts, features)
+        self.register_buffer("classes", torch.eye(2), persistent=False)
+
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
-        """Sum of the losses and number of samples, (2,)."""
-        return {"losses": Sum(loss_sums(outputs.extras[LOGITS], batch.labels))}
+        """See `loss_sums`, (2,)."""
+        return {"losses": Sum(loss_sums(outputs.extras[LOGITS], self.classes[batch.labels]))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"shared_forgery": loss_mean(summary["losses"])}

@@ -9,7 +9,7 @@ from dist_fair.data.batch import Batch
 from dist_fair.data.index import Index
 from dist_fair.detectors.base import Outputs
 from dist_fair.interventions.base import Facts, Intervention, Sum, Summary, Weighted, register
-from dist_fair.interventions.heads import forgery_classes, forgery_labels, loss_mean, loss_sums
+from dist_fair.interventions.heads import forgery_classes, loss_mean, loss_sums
 
 LOGITS = "specific_logits"
 
@@ -44,10 +44,14 @@ class SpecificForgery(Intervention):
         super().__init__(settings, facts, features)
         unknown = (facts.index.labels == 1) & (facts.index.manipulations.codes < 0)
         self.couples = bool(facts.frequencies[unknown].any())
+        number = len(facts.index.manipulations.values)
+        classes = torch.zeros(2, number + 1, 1 + number)  # by label and manipulation, of which the last is unknown
+        classes[0, :, 0], classes[1, :-1, 1:] = 1, torch.eye(number)
+        self.register_buffer("classes", classes, persistent=False)
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
-        """Sum of the losses and number of samples that are real or of known manipulation, (2,)."""
-        return {"losses": Sum(loss_sums(outputs.extras[LOGITS], forgery_labels(batch)))}
+        """See `loss_sums`, (2,); of samples that are real or of known manipulation."""
+        return {"losses": Sum(loss_sums(outputs.extras[LOGITS], self.classes[batch.labels, batch.manipulations]))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"specific_forgery": loss_mean(summary["losses"])}

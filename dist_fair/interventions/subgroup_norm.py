@@ -1,9 +1,9 @@
 """Features normalised within demographic groups, whose moments are those of the global batch (DAID).
 
 Who holds what: rank r has its rows of h (B_r, d) and their groups; a group may lie on any ranks, in any numbers. Sums
-around a shift c add over ranks, so one exchange gives every rank the moments of every group, and of the whole batch:
+add over ranks, so one exchange gives every rank the moments of every group, and of the whole batch:
 
-    local      per group, and for the samples of unknown group     n_g, sum (h - c), sum (h - c)^2
+    local      per group, and for the samples of unknown group     n_g, sum h, sum h^2
     wire       one all-reduce, fp64                                (G + 1)(2d + 1) numbers, whatever B and W are
     local      h^_i = (h_i - mu_g) / sqrt(sigma2_g + eps)          own rows only
     backward   through mu_g and sigma2_g                           one all-reduce of as many numbers
@@ -13,15 +13,21 @@ rows depend on the moments, so those gradients are summed over ranks. They carry
 a factor here would be a second one, and a `replicated` sum, which multiplies a rank's own part by W, would be wrong
 wherever ranks hold different rows. A rank without any row, or any member of a group, adds zeros and calls too.
 
-c is the running mean over groups, the same on all ranks; between features and result everything is fp64. In the first
-step c is 0, and sigma2 loses 1e-16 mean^2 / sigma2: 1e-8 at mean 1e4 and variance 1, where fp32 sums keep no digit.
+Between features and result everything is fp64. sigma2 is then off by 1e-16 mu^2 / sigma2, relative: 1e-8 at mean 1e4
+and variance 1, where fp32 sums keep no digit. That is less than what rounding the features to fp32 does to it, up to
+mu / sigma = 6e8.
+
+A step of these sizes costs a GPU the launches of its kernels, and hardly more. Products and closed forms, forward and
+backward, make it 46 of them, with the wire and the running moments; the formulas as printed, by autograd, were 155.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from dist_fair.collectives import Communicator
 from dist_fair.data.batch import Batch
@@ -37,13 +43,6 @@ class Moments(NamedTuple):
 
     mean: torch.Tensor
     variance: torch.Tensor
-
-    def joined(self, other: "Moments", part: torch.Tensor) -> "Moments":
-        """Moments of populations of which `part` (k, 1) is this one and the rest the other (Chan et al. 1979)."""
-        rest = 1 - part
-        mean = part * self.mean + rest * other.mean
-        between = part * rest * (self.mean - other.mean) ** 2
-        return Moments(mean, part * self.variance + rest * other.variance + between)
 
 
 @register("subgroup_norm")
@@ -112,6 +111,12 @@ class SubgroupNorm(Intervention):
         if not drawn.any():
             raise DistFairError(f"subgroup_norm: attributes={settings.attributes}: no training sample has a known "
                                 "value of each; name other attributes")  # fmt: skip
+        size = len(self.groups) + 1  # the last is of unknown group
+        floor = torch.full((size, 1), float(max(settings.minimum, 1)), dtype=torch.float64)
+        floor[-1] = 2.0**100  # members that no group has: what makes these moments is the batch, to the last bit
+        self.register_buffer("floor", floor, persistent=False)
+        self.register_buffer("identity", torch.eye(size, dtype=torch.float64), persistent=False)
+        self.register_buffer("members", torch.from_numpy(self.groups.table(np.eye(size))), persistent=False)
         # In checkpoints, with the running moments: what a detector answers must not change with the training data.
         # fp64: an fp32 mean near 1e4 is off by 5e-4.
         self.register_buffer("frequencies", torch.from_numpy(drawn / drawn.sum()))
@@ -121,14 +126,8 @@ class SubgroupNorm(Intervention):
 
     def transform(self, features: torch.Tensor, batch: Batch, comm: Communicator) -> torch.Tensor:
         """Normalised features, in their own type or fp32. Collectives in training only, the same on every rank."""
-        if not self.training and self.settings.inference == "none":
-            return features
         with torch.autocast(features.device.type, enabled=False):
-            h = features.double()
-            members, table = self._of_batch(h, batch, comm) if self.training else self._of_run(h, batch)
-            scale = (table.variance + self.settings.epsilon).rsqrt()
-            normalised = (h - members @ table.mean) * (members @ scale)
-        return normalised.to(torch.promote_types(features.dtype, torch.float32))
+            return self._by_batch(features, batch, comm) if self.training else self._by_run(features, batch)
 
     @classmethod
     def at_inference(cls, settings: Settings, tensors: Mapping[str, torch.Tensor]) -> Standardisation | None:
@@ -144,50 +143,125 @@ class SubgroupNorm(Intervention):
         """Running moments (1, d) over the groups seen so far, by how often the plan draws them."""
         return mixture(self.frequencies, self.running_count, _running(self._buffers))
 
-    def _members(self, h: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _members(self, batch: Batch) -> torch.Tensor:
         """(B, G + 1) ones and zeros; the last column is that of unknown groups.
 
         Products with it sum over groups and look groups up: deterministic on GPUs, unlike index_add.
         """
-        codes = self.groups.codes(batch.attributes)
-        columns = torch.where(codes < 0, len(self.groups), codes)
-        return (columns[:, None] == torch.arange(len(self.groups) + 1, device=h.device)).to(h)
+        return self.members[self.groups.columns(batch.attributes)]
 
-    def _of_batch(self, h: torch.Tensor, batch: Batch, comm: Communicator) -> tuple[torch.Tensor, Moments]:
-        """Who belongs where (B, G + 1), and what normalises there in training; moves the running moments."""
-        members, shift = self._members(h, batch), self.mixture().mean
-        x = h - shift
-        local = torch.cat([members.sum(0)[:, None], members.T @ x, members.T @ (x * x)], dim=1)
+    def _by_batch(self, features: torch.Tensor, batch: Batch, comm: Communicator) -> torch.Tensor:
+        """As in training; moves the running moments."""
+        members = self._members(batch)
         add = comm.sum if self.settings.detach else comm.shared_sum
-        sums = add(local, "subgroup_norm")
-        counts, groups = _from_sums(sums, shift)
-        _, whole = _from_sums(sums.sum(0, keepdim=True), shift)
+        sums = add(MomentSums.apply(features, members), "subgroup_norm")
         if self.track_running_stats:
-            self._track(counts[:-1], Moments(groups.mean[:-1], groups.variance[:-1]))
-        part = counts / counts.clamp_min(max(self.settings.minimum, 1))
-        part[-1] = 0  # of unknown group: the whole batch
-        return members, groups.joined(whole, part)
+            self._track(sums.detach()[:-1])
+        return Normalised.apply(features, members, sums, self.identity, self.floor, self.settings.epsilon)
 
     @torch.no_grad()
-    def _track(self, counts: torch.Tensor, groups: Moments) -> None:
-        """Adds a batch's members, counts (G, 1), to the running moments. Groups without any keep what they have."""
-        old = (1 - self.settings.momentum) * self.running_count
-        part = counts / (old + counts).clamp_min(torch.finfo(old.dtype).tiny)
-        joined = groups.joined(Moments(self.running_mean, self.running_variance), part)
-        self.running_mean.copy_(joined.mean)
-        self.running_variance.copy_(joined.variance)
-        self.running_count.copy_(torch.where(counts > 0, old + counts, self.running_count))
+    def _track(self, sums: torch.Tensor) -> None:
+        """Adds a batch's members, by their sums (G, 2d + 1), to the running moments.
 
-    def _of_run(self, h: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Moments]:
-        """The same in evaluation; for the mixture all rows belong to one population."""
+        With n new members in a population that is now N: mu' = mu + sum (h - mu) / N and sigma2' = sigma2 +
+        [sum (h - mu)(h - mu') - n sigma2] / N. Groups without any keep what they have: nothing is added.
+        """
+        count, mean, variance = self.running_count, self.running_mean, self.running_variance
+        new, first, second = _split(sums)
+        count.addcmul_(new.clamp_max(1), count, value=-self.settings.momentum).add_(new)
+        number = count.clamp_min(torch.finfo(count.dtype).tiny)
+        shifted = torch.addcmul(first, new, mean, value=-1)
+        spread = torch.addcmul(second, mean, first, value=-1)
+        mean.addcdiv_(shifted, number)
+        spread.addcmul_(mean, shifted, value=-1).addcmul_(new, variance, value=-1)
+        variance.addcdiv_(spread, number).clamp_min_(0)
+
+    def _by_run(self, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """As in evaluation. By the mixture, it is the same for all rows."""
+        if self.settings.inference == "none":
+            return features
         mixture = self.mixture()
-        if self.settings.inference == "mixture":
-            return torch.ones_like(h[:, :1]), mixture
-        seen = self.running_count > 0
-        mean = torch.where(seen, self.running_mean, mixture.mean)
-        variance = torch.where(seen, self.running_variance, mixture.variance)
-        table = Moments(torch.cat([mean, mixture.mean]), torch.cat([variance, mixture.variance]))
-        return self._members(h, batch), table
+        mean, variance = mixture
+        if self.settings.inference == "group":
+            seen, members = self.running_count > 0, self._members(batch)
+            mean = members @ torch.cat([torch.where(seen, self.running_mean, mean), mean])
+            variance = members @ torch.cat([torch.where(seen, self.running_variance, variance), variance])
+        normalised = (features.double() - mean) * (variance + self.settings.epsilon).rsqrt()
+        return normalised.to(_result(features))
+
+
+class MomentSums(torch.autograd.Function):
+    """Features h (B, d) and members (B, k) -> per column of the members sums of 1, h and h^2, (k, 2d + 1) fp64."""
+
+    @staticmethod
+    def forward(ctx, h: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h, members)
+        exact = h.double()
+        return members.T @ torch.cat([exact.new_ones(len(h), 1), exact, exact * exact], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        """dh = dS_1 + 2 h dS_2, those of the row's own population."""
+        h, members = ctx.saved_tensors
+        _, first, second = _split(members @ gradient)
+        return torch.addcmul(first, h, second, value=2, out=torch.empty_like(h)), None
+
+
+class Normalised(torch.autograd.Function):
+    """h^ (B, d) = (h - mu_g) s_g, s = 1 / sqrt(sigma2 + eps), with the moments of populations that are filled up.
+
+    sums: (k, 2d + 1), of `MomentSums` over all ranks; all of them together are the batch, N members. floor: (k, 1),
+    what each population is filled up to. The moments about 0 of a population are linear in the sums,
+
+        M_g = sum over q of A_gq S_q,      A_gq = (1[g = q] + f_g / N) / (n_g + f_g),      f_g = [floor_g - n_g]_+
+
+    (f_g is how many members it is filled up with), and mu = M_1, sigma2 = M_2 - M_1^2. With P_g = sum of dh^ over g and
+    Q_g = sum of dh^ h^, all that backward needs of the own rows:
+
+        dM_1 = -s (P - s mu Q)      dM_2 = -s^2 Q / 2      dS = A^T dM      dh = s_g dh^
+    """
+
+    @staticmethod
+    def forward(ctx, h, members, sums, identity, floor, epsilon: float) -> torch.Tensor:
+        counts = sums[:, :1]
+        filled = torch.maximum(counts, floor)
+        parts = torch.addcdiv(identity, filled - counts, counts.sum()).div_(filled)
+        moments = parts @ sums
+        _, mean, scale = _split(moments)
+        scale.addcmul_(mean, mean, value=-1).clamp_min_(0).add_(epsilon).rsqrt_()
+        _, own_mean, own_scale = _split(members @ moments)
+        normalised = torch.mul(h - own_mean, own_scale, out=h.new_empty(h.shape, dtype=_result(h)))
+        ctx.save_for_backward(members, parts, moments, own_scale, normalised)
+        ctx.kind = h.dtype
+        return normalised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        members, parts, moments, own_scale, normalised = ctx.saved_tensors
+        own = torch.mul(gradient, own_scale, out=gradient.new_empty(gradient.shape, dtype=ctx.kind))
+        if not ctx.needs_input_grad[2]:
+            return own, None, None, None, None, None
+        _, mean, scale = _split(moments)
+        exact = gradient.double()
+        rows = torch.cat([exact.new_zeros(len(exact), 1), exact, exact * normalised], dim=1)
+        slopes = members.T @ rows
+        _, first, second = _split(slopes)
+        first.addcmul_(mean, second.mul_(scale), value=-1)
+        second.mul_(0.5)
+        slopes[:, 1:].unflatten(1, (2, -1)).mul_(scale[:, None])
+        return own, None, torch.addmm(slopes, parts.T, slopes, beta=0, alpha=-1), None, None, None
+
+
+def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Columns (., 2d + 1) -> that of counts (., 1), those of h and of h^2, (., d) each."""
+    width = rows.shape[1] // 2
+    return rows.split([1, width, width], dim=1)
+
+
+def _result(features: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
 
 
 def mixture(frequencies: torch.Tensor, counts: torch.Tensor, groups: Moments) -> Moments:
@@ -203,13 +277,3 @@ def mixture(frequencies: torch.Tensor, counts: torch.Tensor, groups: Moments) ->
 
 def _running(tensors: Mapping[str, torch.Tensor]) -> Moments:
     return Moments(tensors["running_mean"], tensors["running_variance"])
-
-
-def _from_sums(sums: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, Moments]:
-    """Counts (k, 1), and moments (k, d), from sums of 1, h - shift and (h - shift)^2, (k, 2d + 1)."""
-    width = shift.shape[1]
-    counts, first, second = sums.split([1, width, width], dim=1)
-    counts = counts.detach()
-    divisor = counts.clamp_min(1)
-    mean = first / divisor
-    return counts, Moments(mean + shift, (second / divisor - mean**2).clamp_min(0))

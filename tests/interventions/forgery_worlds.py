@@ -247,7 +247,7 @@ def rows_that_mirror(comm, loss):
 
 def same_dropout(comm, loss):
     """The same elements dropped whosever forgery it is."""
-    reconstruction_loss.mixed = lambda keys, others: mixed(keys, keys)
+    reconstruction_loss.mixed = lambda keys, others: mixed(keys, keys.expand_as(others))
 
 
 BUGS = {

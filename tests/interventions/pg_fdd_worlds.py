@@ -125,7 +125,7 @@ def step(comm, case, kind, sizes, bug=None):
     whole, images, weights = batch(kind, sum(sizes))
     rows = parts(sizes)[comm.rank]
     model, intervention = heads(case), build(case)
-    with restored((conditional_value_at_risk, "worst_part_weights")):
+    with restored((conditional_value_at_risk, "worst_parts")):
         scale = (BUGS[bug](comm, intervention) if bug else None) or 1.0
         summary = intervention.summarise(model(images[rows]), whole.rows(rows, tuple(sizes)), weights[rows])
         found = intervention.objective(base.exchange({"it": summary}, comm, sizes)["it"])
@@ -149,26 +149,21 @@ def local_sort(comm, intervention):
 
 def local_counts(comm, intervention):
     """Losses are global, the numbers of which the worst part is taken are this rank's."""
-    gather, weights, seen = Communicator.replicated_gather, conditional_value_at_risk.worst_part_weights, {}
+    gather, parts, seen = Communicator.replicated_gather, conditional_value_at_risk.worst_parts, {}
 
     def noted(self, rows, name, sizes):
         seen["rows"] = slice(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
         seen["size"] = sum(sizes)
         return gather(self, rows, name, sizes)
 
-    def wrong(values, codes, groups, alpha):
-        if len(values) != seen["size"]:  # the outer one, over groups
-            return weights(values, codes, groups, alpha)
-        found = torch.zeros_like(values)
-        for code in range(groups):
-            members, here = codes == code, int((codes[seen["rows"]] == code).sum())
-            if members.any():
-                part = alpha * max(here, 1) / int(members.sum())
-                found[members] = weights(values[members], codes[members] * 0, 1, part)
-        return found
+    def wrong(values, members, k):
+        if values.shape[1] != seen["size"]:  # the outer one, over groups
+            return parts(values, members, k)
+        here = members[:, seen["rows"]].sum(1, keepdim=True).clamp_min(1)
+        return parts(values, members, k * here / members.sum(1, keepdim=True).clamp_min(1))
 
     Communicator.replicated_gather = noted
-    conditional_value_at_risk.worst_part_weights = wrong
+    conditional_value_at_risk.worst_parts = wrong
 
 
 def local_number(comm, intervention):
@@ -179,10 +174,13 @@ def local_number(comm, intervention):
 
 def last_of_ties(comm, intervention):
     """Equal losses are taken in reverse order."""
-    weights = conditional_value_at_risk.worst_part_weights
-    conditional_value_at_risk.worst_part_weights = lambda values, codes, groups, alpha: weights(
-        values.flip(0), codes.flip(0), groups, alpha
-    ).flip(0)
+    parts = conditional_value_at_risk.worst_parts
+
+    def reversed_parts(values, members, k):
+        means, weights = parts(values.flip(1), members.flip(1), k)
+        return means, weights.flip(2)
+
+    conditional_value_at_risk.worst_parts = reversed_parts
 
 
 BUGS = {bug.__name__: bug for bug in (local_sort, local_counts, local_number, last_of_ties)}
