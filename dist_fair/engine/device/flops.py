@@ -13,7 +13,8 @@ shape of each result is found in Python; bf16 and PG-FDD's heads do not run ther
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -55,7 +56,7 @@ def flops_per_sample(module: TrainingModule, image_size: int, attributes: Iterab
     counted = _count(twin.detector)
     device = next(chain(module.buffers(), module.parameters())).device
     try:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        with torch.no_grad(), _untimed_kernels():
             twin(Window([_rows(image_size, attributes, device)]), math.nextafter(1.0, 0.0))
     except Exception:  # a number for the log; what is wrong is for the first step to say
         return None
@@ -73,6 +74,18 @@ def known_peak(card: str, precision: str, tf32: bool) -> float | None:
         if re.search(pattern, card) and "MIG" not in card:
             return {"bf16": half, "fp32": rounded if tf32 else single}.get(precision)
     return None
+
+
+@contextmanager
+def _untimed_kernels() -> Iterator[None]:
+    """Within it cuDNN does not try all its kernels, for shapes that never come again. Not by torch's own
+    cudnn.flags: that sets, and restores, the precision of matrix products too."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _twin(module: TrainingModule) -> TrainingModule:

@@ -41,6 +41,21 @@ def test_the_module_stays_as_it_is():
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_numerics_stay_as_they_are(monkeypatch, benchmark):
+    def switches():
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return (cudnn.benchmark, cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32,
+                torch.get_float32_matmul_precision())  # fmt: skip
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    before, seen, made = switches(), [], module()
+    made.detector.first.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    flops_per_sample(made, SIDE, ATTRIBUTES)
+    assert switches() == before
+    assert seen == [False]
+
+
 def test_the_module_itself_would_not(monkeypatch):
     """Planted: no copy. Its norm has seen two black images then."""
     monkeypatch.setattr(flops, "_twin", lambda module: module)
