@@ -20,7 +20,7 @@ from dist_fair.data.batch import Batch
 from dist_fair.data.window import Window
 from dist_fair.engine import checkpoint, sharpness
 from dist_fair.engine.backends.base import Backend
-from dist_fair.engine.device.numerics import refusals_told
+from dist_fair.engine.device.numerics import refusals_told, seed
 from dist_fair.engine.device.readings import Reading, Verdict, mean_row
 from dist_fair.engine.device.stopwatch import Lap, Stopwatch
 from dist_fair.engine.module import Losses
@@ -163,7 +163,7 @@ class Trainer:
         """Launches a step, which the device goes through later."""
         began = time.perf_counter()
         self.stopwatch.mark("data")
-        torch.manual_seed(keyed.integer(self.seed, "step", self.step, self.comm.rank))
+        seed(self.stopwatch.device, keyed.integer(self.seed, "step", self.step, self.comm.rank))
         self.schedule.step_update(self.step)
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(self.rhythm.accumulate)]

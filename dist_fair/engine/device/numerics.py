@@ -37,6 +37,14 @@ def set_numerics(device: torch.device, tf32: bool = False, deterministic: bool =
     torch.backends.cudnn.benchmark = not deterministic  # shapes are the same in every step: worth to be timed once
 
 
+def seed(device: torch.device, number: int) -> None:
+    """Seeds torch's generators of the CPU and of a device. torch.manual_seed does it for every maker's devices too, in
+    0.7 to 1.7 ms a step, where this takes microseconds."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+
+
 @contextmanager
 def refusals_told() -> Iterator[None]:
     """What torch says within it of an operation that it cannot do repeatably becomes a DistFairError."""

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from dist_fair.engine.device.numerics import refusals_told, set_numerics
+from dist_fair.engine.device.numerics import refusals_told, seed, set_numerics
 from dist_fair.errors import DistFairError
 
 
@@ -60,3 +60,10 @@ def test_other_errors_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="size") as error, refusals_told():
         torch.ones(2) + torch.ones(3)
     assert not isinstance(error.value, DistFairError)
+
+
+def test_a_seed_gives_the_numbers_of_torchs_own():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    seed(torch.device("cpu"), 5)
+    assert torch.equal(torch.rand(3), expected)
