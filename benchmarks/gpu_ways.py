@@ -73,7 +73,7 @@ class Scale:
 
 
 FULL = Scale(
-    "cuda", "bf16", 64, 5, 8, 8,
+    "cuda", "bf16", 64, 15, 4, 8,
     {"ResNet-50": ("resnet50", "resnet50", 224), "EfficientNet-B4": ("tf_efficientnet_b4", "tf_efficientnet_b4", 224),
      "Xception": ("legacy_xception", "legacy_xception", 256)},
     ("pg_fdd_xception", 256, 32), 4096, 14, 200,
