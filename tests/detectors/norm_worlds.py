@@ -147,7 +147,6 @@ def gpu_kernels():
 def batch_norm_update_stats(x, running_mean, running_var, momentum):
     checked(x)
     assert running_mean is running_var is None
-    assert x.numel()
     precise = x.to(accumulated(x)).transpose(0, 1).flatten(1)
     return precise.mean(1), precise.var(1, correction=0)
 
@@ -179,7 +178,8 @@ def batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, c
 
 
 def checked(x, *vectors, like=None):
-    """x must be dense, as `like` is; vectors (C,), contiguous, in the type that sums over x are made in."""
+    """x must be dense, as `like` is, and not empty; vectors (C,), contiguous, in the type of sums over x."""
+    assert x.numel()
     formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
     fitting = [one for one in formats if (x if like is None else like).is_contiguous(memory_format=one)]
     assert any(x.is_contiguous(memory_format=one) for one in fitting), f"strides {x.stride()} of {tuple(x.shape)}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from dist_fair.collectives import Communicator
 from dist_fair.detectors import norm_kernels
@@ -132,6 +133,17 @@ def test_on_several_ranks_it_is_the_norm_of_the_whole_batch(way, layout, dtype, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_and_statistics_in_half_precision(way, layout):
+    x, dy = (one.bfloat16() for one in data(layout))
+    synced = convert_norms(nn.BatchNorm2d(6).bfloat16(), "synced", pretended())
+    with WAYS[way]():
+        actual = trained(synced, x, dy)
+    assert_close(actual, trained(nn.BatchNorm2d(6).double(), x.double(), dy.double()), 1e-2)
+    assert {one.dtype for one in (*synced.parameters(), synced.running_mean, synced.weight.grad)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_number_of_values(way, layout):
     """2^31 ranks with 48 values a channel each, the same ones: no counter of 32 bits holds them."""
     x, dy = data(layout)
@@ -202,25 +214,36 @@ def test_launches_on_a_gpu_are_as_many_as_are_told(tracking):
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-def compiled(network, **settings):
-    torch.compiler.reset()
-    return torch.compile(network, backend="aot_eager", **settings)
+def unrecorded():
+    """Several ranks, whose sum torch.compile can trace."""
+    comm = pretended()
+    comm.sum = lambda tensor, name: tensor * 1
+    return comm
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("comm", [Communicator(), pretended()], ids=["one", "several"])
+@pytest.mark.parametrize("comm", [Communicator(), unrecorded()], ids=["one", "several"])
 def test_compiled_around(layout, comm):
-    """On one rank in one graph; on several the norm is left out of the graphs: `pretended` refuses to be traced."""
+    """On one rank in one graph. On several graphs end before a norm; its activation, say, is in one again."""
     torch.manual_seed(0)
     layers = [BatchNormAct2d(6, act_layer=nn.SiLU), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)]
     stock = nn.Sequential(*layers).double()
-    synced = convert_norms(copy.deepcopy(stock), "synced", comm)
+    synced, called = convert_norms(copy.deepcopy(stock), "synced", comm), set()
     x = data(layout)[0]
     dy = stock(x).detach() ** 2
     expected = trained(copy.deepcopy(synced), x, dy)
-    whole = compiled(synced, fullgraph=comm.world == 1)
+
+    def compile_graph(graph, inputs):
+        called.update(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    whole = torch.compile(synced, backend=compile_graph, fullgraph=comm.world == 1)
     actual = trained(whole, x, dy)
     assert_close({name.removeprefix("_orig_mod."): value for name, value in actual.items()}, expected, 1e-12)
+    traced = {name for name in called if "norm" in name or "autograd" in name}
+    assert traced == ({"batch_norm"} if comm.world == 1 else set())
+    assert "silu" in called
     torch.testing.assert_close(whole.eval()(x), synced.eval()(x))
 
 
