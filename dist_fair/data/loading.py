@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -243,5 +244,12 @@ def _start_worker(_: int) -> None:
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.excepthook = _tell
     opencv().setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of errors in a worker's threads. A training process that is interrupted as it takes a batch is none."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)

@@ -64,11 +64,11 @@ class Preemption:
         """Handlers are as before; after a signal those to come are ignored: they would hide the exit code."""
         if not self._before:
             return
-        self._ended.set()
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         self._before = {}
         signal.set_wakeup_fd(self._wakeup)
+        self._ended.set()
         os.close(self._written)  # ends the thread
 
     def check(self, comm: "Communicator") -> None:
@@ -106,8 +106,8 @@ class Preemption:
                         self._receive(number)
                     elif number == 0:
                         return
-        if self._ended.wait(self.grace):
-            return
+            if self._ended.wait(self.grace):  # with the pipe open: later signals are still written to it
+                return
         told = f"{self.received.name} came {self.grace:g} s ago (DIST_FAIR_GRACE)"
         end(Exit.FORCED_OUT, f"{self.whereabouts()}: {told}: forced out; the same command goes on from the last "
                              "checkpoint")  # fmt: skip

@@ -89,6 +89,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_boundary(command, run, event
     assert codes(stopped) == [Exit.PREEMPTED] * 2, [one.said for one in stopped]
     assert f"{told}; the same command goes on\n" in stopped[0].said
     assert "stopped by" not in stopped[1].said
+    assert not any("Traceback" in one.said for one in stopped)
     assert steps_kept(run) == kept
     assert not (run / NAME).exists()
 

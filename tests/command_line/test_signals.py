@@ -17,7 +17,7 @@ from dist_fair.errors import Exit
 from tests.command_line.interrupted import endings
 from tests.command_line.runs import TOLERANCE, difference, metrics
 
-STEPS = 30  # compared; a run is stopped long before
+TIMEOUT = 200  # seconds to start, or to end, on a busy machine
 ERM = [
     "recipe=erm", "train.batch_size=12", "data.lanes=12", "data.window=8", "data.image_size=32", "log.every=1",
     "detector.arguments={layers: [1, 1, 1, 1], channels: [8, 16, 32, 64]}", "wandb.mode=disabled",
@@ -49,7 +49,7 @@ def started(run):
                 subprocess.Popen([sys.executable, "-m", "dist_fair.train", *arguments], stdout=log, stderr=log,
                                  start_new_session=True, env=os.environ | settings)
             )  # fmt: skip
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + TIMEOUT
         while not told.exists() or told.read_text().count("\n") < before + 2:
             assert processes[-1].poll() is None, said(run)
             assert time.monotonic() < deadline, said(run)
@@ -70,23 +70,23 @@ def said(run: Path) -> str:
 def test_a_signal_to_the_process_group_stops_it_with_a_checkpoint(command, run, started):
     process = started(*command)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == Exit.PREEMPTED, said(run)
+    assert process.wait(TIMEOUT) == Exit.PREEMPTED, said(run)
     stopped = len(metrics(run))
+    assert "Traceback" not in said(run)
     assert said(run).endswith(f"step {stopped}: stopped by SIGTERM on rank 0; checkpointed; the same command goes on\n")
 
     process = started(*command)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == Exit.INTERRUPTED, said(run)
+    assert process.wait(TIMEOUT) == Exit.INTERRUPTED, said(run)
     assert f"{run} goes on from step-{stopped:08d}" in said(run)
     assert said(run).endswith("interrupted\n")
     assert "Traceback" not in said(run)
 
-    undisturbed = run.with_name("undisturbed")
-    for out in (run, undisturbed):
-        (ended,) = endings(1, [*command, "data.workers=0", f"out={out}", f"train.stop_after={STEPS}"])
+    undisturbed, steps = run.with_name("undisturbed"), stopped + 5
+    for out, more in ((run, 5), (undisturbed, steps)):
+        (ended,) = endings(1, [*command, "data.workers=0", f"out={out}", f"train.stop_after={more}"])
         assert ended.code == 0, ended.said
-    assert stopped < STEPS
-    assert difference(undisturbed, run, range(STEPS)) < TOLERANCE
+    assert difference(undisturbed, run, range(steps)) < TOLERANCE
 
 
 def test_a_signal_to_all_processes_of_several_ranks_stops_them_with_a_checkpoint(command, run, started):
@@ -97,7 +97,7 @@ def test_a_signal_to_all_processes_of_several_ranks_stops_them_with_a_checkpoint
     assert len(workers) == 4
     for one in everyone:
         one.send_signal(signal.SIGTERM)
-    assert process.wait(60) == Exit.PREEMPTED, said(run)
+    assert process.wait(TIMEOUT) == Exit.PREEMPTED, said(run)
     steps = len(metrics(run))
     assert f"step {steps}: stopped by SIGTERM on rank " in said(run)
     assert (run / "checkpoints" / f"step-{steps:08d}").is_dir()

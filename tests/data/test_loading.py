@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+from multiprocessing import resource_sharer
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +215,22 @@ def test_workers_leave_signals_to_the_training_process(index):
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert calls == []
+
+
+class _Left(_Dying):
+    def __getitem__(self, position):
+        """Somebody who comes for a tensor and goes without it, and then somebody who takes it."""
+        tensor = resource_sharer.DupFd(0)
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.connect(tensor._id[0])
+        os.close(tensor.detach())
+        raise DistFairError("served")
+
+
+def test_workers_say_nothing_of_a_training_process_that_is_interrupted_as_it_takes_a_batch(index, capfd):
+    with pytest.raises(DistFairError, match="served"):
+        list(Loader(_Left(Reader(index, 16)), range(1), 1, "cpu"))
+    assert capfd.readouterr().err == ""
 
 
 # Scoring data --------------------------------------------------------------------------------------------------------

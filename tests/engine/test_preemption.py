@@ -138,6 +138,14 @@ def test_a_rank_that_ends_in_time_is_not_forced_out():
     assert script(body, DIST_FAIR_GRACE="0.2").returncode == 75
 
 
+def test_signals_after_the_first_say_nothing():
+    """Ends of data workers among them, which torch listens to."""
+    body = ["os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(0.2)", "os.kill(os.getpid(), signal.SIGUSR1)",
+            "preemption.__exit__()"]  # fmt: skip
+    done = script(body)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # A child that signals itself, then hangs where no signal handler of Python runs.
 FORK = [
     "ready, told = os.pipe()",
