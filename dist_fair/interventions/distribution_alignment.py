@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_fair.data.batch import Batch
 from dist_fair.detectors.base import Outputs
 from dist_fair.errors import DistFairError
 from dist_fair.interventions.base import Facts, Gather, Intervention, Sum, Summary, Weighted, register
-from dist_fair.interventions.density import grid, histogram, kernels, silverman
+from dist_fair.interventions.density import FLOOR, grid, kernels, mirrored, silverman
 from dist_fair.interventions.transport import entropic_transport
 
 SUPPORTS, AVERAGES = ("grid", "samples"), ("present", "groups")
@@ -29,7 +30,8 @@ class DistributionAlignment(Intervention):
     support: grid     kernel densities on a grid. The kernel sums add over ranks: 2 (G + 1)(m + 1) floats on the wire.
              samples  the empirical distributions; gathers 3 floats per sample. n x n costs per group and class.
     From the predictions on everything is fp64: at epsilon 5e-4 the fp32 gradient was off by up to 6e-4, by rounding.
-    A (group, class) without samples is left out; without any the loss is 0 and so are its gradients.
+    A (group, class) without samples has the weight 0; without any the loss is 0 and so are its gradients. Who has some
+    is for the device to know: shapes do not depend on it, and the host never waits.
     Term: distribution_alignment.
     """
 
@@ -74,52 +76,54 @@ class DistributionAlignment(Intervention):
         super().__init__(settings, facts, features)
         self.groups = facts.groups(settings.attributes)
         self.gathers = settings.support == "samples" or settings.bandwidth == "silverman"
+        # Made anew from the data by whoever builds the recipe: not a part of checkpoints.
+        number = len(self.groups) + 1
+        members = self.groups.table(np.eye(2 * number).reshape(number, 2, 2 * number))
+        summing = torch.eye(number, dtype=torch.float64)
+        summing[-1] = 1
+        constants = {
+            "images": mirrored(grid(settings.grid, summing)),  # of the grid
+            "members": torch.from_numpy(members),  # who is in which sum, (2 G + 2,) for each sample
+            "summing": summing,  # rows of groups and of unknown ones to rows of groups and of all
+            "difference": torch.tensor([-1.0, 1.0], dtype=torch.float64),
+        }
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Either the rows (p, label, group), (B, 3), or kernel sums (G + 1, 2, m) and counts (G + 1, 2).
 
         The last row of the sums is that of samples whose group is unknown.
         """
-        logits = outputs.logits.double()
-        p = torch.sigmoid(logits[:, 1] - logits[:, 0])
-        codes = self.groups.codes(batch.attributes)
-        if self.gathers:
-            return {"predictions": Gather(torch.stack([p, batch.labels.to(p), codes.to(p)], dim=1))}
-        with torch.autocast(p.device.type, enabled=False):
-            rows = torch.where(codes < 0, len(self.groups), codes) * 2 + batch.labels
-            shape = (2 * (len(self.groups) + 1), self.settings.grid)
-            sums = kernels(p, grid(self.settings.grid, p), self.settings.bandwidth)
-            sums = sums.new_zeros(shape).index_add(0, rows, sums)
-            counts = torch.bincount(rows, minlength=shape[0]).to(p)
-        return {"sums": Sum(sums.view(-1, 2, shape[1])), "counts": Sum(counts.view(-1, 2))}
+        with torch.autocast(outputs.logits.device.type, enabled=False):
+            p = torch.sigmoid(outputs.logits.double() @ self.difference)
+            if self.gathers:
+                codes = batch.codes(self.groups)
+                return {"predictions": Gather(torch.stack([p, batch.labels.to(p), codes.to(p)], dim=1))}
+            members = self.members[(*self.groups.columns(batch.attributes), batch.labels)]
+            sums = members.mT @ kernels(p, self.images, self.settings.bandwidth)
+            return {"sums": Sum(sums.view(-1, 2, self.settings.grid)), "counts": Sum(members.sum(0).view(-1, 2))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        any_part = next(iter(summary.values()))
-        with torch.autocast(any_part.device.type, enabled=False):
-            if "sums" in summary:
-                points, q, classes, which = self._from_sums(summary["sums"], summary["counts"])
+        settings = self.settings
+        with torch.autocast(self.images.device.type, enabled=False):
+            if self.gathers:
+                points, q, classes, counts = self._from_predictions(summary["predictions"])
             else:
-                points, q, classes, which = self._from_predictions(summary["predictions"])
-            if not len(q):
-                return {"distribution_alignment": 0.0 * sum(part.sum() for part in summary.values())}
-            costs = self._costs(points, q, classes, which)
-        terms = len(q) if self.settings.average == "present" else len(self.groups)
-        return {"distribution_alignment": costs.sum() / terms}
-
-    def _costs(self, points: torch.Tensor, q: torch.Tensor, classes: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        """OT of each q (k, n) with its class's distribution, (k,). classes: (2, n). which: (k,), 0 real, 1 fake."""
-        epsilon = self.settings.epsilon
-        if not self.settings.debias:
-            return entropic_transport(points, q, classes[which], epsilon)
-        seen, which = which.unique(return_inverse=True)  # a class without samples has no distribution
-        classes = classes[seen]
-        left, right = torch.cat([q, q, classes]), torch.cat([classes[which], q, classes])
-        costs, own, total = entropic_transport(points, left, right, epsilon).split([len(q), len(q), len(seen)])
-        return costs - own / 2 - total[which] / 2
+                points, q, classes, counts = self._from_sums(summary["sums"], summary["counts"])
+            present = counts.clamp_max(1)
+            weights = present / (present.sum().clamp_min(1) if settings.average == "present" else len(self.groups))
+            if settings.debias:
+                q, classes = torch.cat([q, q, classes]), torch.cat([classes.expand_as(q), q, classes])
+                weights = torch.cat([weights, -weights / 2, -weights.sum(0, keepdim=True) / 2])
+            floor = FLOOR if settings.support == "grid" else 0.0
+            costs = entropic_transport(points, q, classes, settings.epsilon, weights, floor)
+        return {"distribution_alignment": costs.sum()}
 
     def _from_sums(self, sums: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        group, which = (counts[:-1] > 0).nonzero(as_tuple=True)
-        return grid(self.settings.grid, sums), histogram(sums[group, which]), histogram(sums.sum(0)), which
+        """Points (n,), densities of each group (G, 2, n) and of each class (1, 2, n), counts (G, 2)."""
+        q, classes = (self.summing @ sums.flatten(1)).view_as(sums).split([len(self.groups), 1])
+        return self.images[0], q, classes, counts[:-1]
 
     def _from_predictions(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The same from predictions, which the transport wants in ascending order."""
@@ -127,18 +131,21 @@ class DistributionAlignment(Intervention):
         p, label, code = rows[:, 0], rows[:, 1].detach().long(), rows[:, 2].detach().long()
         of_class = label == torch.arange(2, device=p.device)[:, None]
         of_group = code == torch.arange(len(self.groups), device=p.device)[:, None]
-        members = of_group[:, None] & of_class
-        group, which = members.any(2).nonzero(as_tuple=True)
-        members = torch.cat([members[group, which], of_class])
+        members = torch.cat([(of_group[:, None] & of_class).flatten(0, 1), of_class])
         if self.settings.support == "samples":
-            points, distributions = p, members / members.sum(1, keepdim=True).clamp_min(1).to(p)
+            points, sums = p, members.to(p)
         else:
-            points = grid(self.settings.grid, p)
-            distributions = torch.stack([histogram(self._sum(p[one], points)) for one in members])
-        return points, distributions[:-2], distributions[-2:], which
+            places = torch.stack([code.clamp_min(0) * 2 + label, 2 * len(self.groups) + label])
+            points, sums = self.images[0], self._sums(p, members, places)
+        q, classes = sums.view(-1, 2, len(points)).split([len(self.groups), 1])
+        return points, q, classes, members[:-2].sum(1).view(-1, 2).to(p)
 
-    def _sum(self, p: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Kernel sums (m,) of one set of predictions with a bandwidth of its own."""
-        if not len(p):
-            return torch.zeros_like(points)
-        return kernels(p, points, silverman(p, self.settings.grid)).sum(0)
+    def _sums(self, p: torch.Tensor, members: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Kernel sums (k, m) of sets of predictions, members (k, B) bool, each set with a bandwidth of its own.
+
+        places: (2, B), in which of the first k - 2 sets a prediction is, if in any, and in which of the last two.
+        """
+        bandwidth = silverman(p, members, self.settings.grid)[places]
+        both = kernels(p.expand(2, -1).flatten(), self.images, bandwidth.view(-1, 1, 1)).view(2, len(p), -1)
+        inside = members.to(p)
+        return torch.cat([inside[:-2] @ both[0], inside[-2:] @ both[1]])

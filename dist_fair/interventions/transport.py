@@ -19,63 +19,167 @@ to 23 ms. In place of epsilon scaling from 1 downward:
      it quadratic where distant masses hardly interact and the Hessian is all but singular.
 
 The last sweep and the value are in fp64: the value of a group that is nearly aligned is 1e-3, its potentials are 1e-1.
+
+The host never waits for a device. On a GPU with Triton all of it is one launch, up to 512 points (see
+`transport_kernel`: its own way through Newton's system, the same fixed point). Elsewhere it is this file, whose rounds
+are fixed in number: a problem that has converged stands still while others go on, so its bits do not depend on them.
+On the CPU, where looking costs nothing, the rounds end when all have converged, with the same bits again.
 """
+
+import os
+import shutil
+import warnings
+from functools import cache
 
 import torch
 from torch.autograd.function import once_differentiable
 
 SWEEPS = 3  # Sinkhorn sweeps per level; more do not save a round
 LEVELS = (4.0, 1.0)  # of epsilon scaling, in units of epsilon
-ROUNDS = 40  # of Newton; 8 was the most in 2,400 random problems, saturated and bimodal ones among them
+ROUNDS = 24  # of Newton; 17 was the most in 24,300 random problems, saturated, bimodal and empty ones among them
 DAMPING = 0.3  # times the marginal error (L1)
-LONGEST = 8.0  # change of a potential in one round, in units of epsilon
-MEETING = 1e-7  # cumulated masses closer than this are equal
+LONGEST = 8.0  # change of a potential in one round, in units of epsilon; halved whenever the marginal error rises
+TOLERANCE, MEETING = {torch.float32: 1e-4, torch.float64: 1e-8}, {torch.float32: 1e-7, torch.float64: 1e-9}
+# MEETING: cumulated masses closer than this are equal. At 1e-7 in fp64 a gap that 1e-8 of the mass must cross was one
+# that nothing crosses, and its potentials took up to 60 rounds to come apart.
 
 
-def entropic_transport(points: torch.Tensor, q: torch.Tensor, r: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """OT_eps(q_b, r_b) for each b, (b,), differentiable in all three tensors.
+def entropic_transport(
+    points: torch.Tensor,
+    q: torch.Tensor,
+    r: torch.Tensor,
+    epsilon: float,
+    weights: torch.Tensor | None = None,
+    floor: float = 0.0,
+) -> torch.Tensor:
+    """weight_b OT_eps(q_b, r_b) for each b, (...), differentiable in points, q and r, once.
 
-    points: (n,) in [0, 1], ascending. q, r: (b, n), rows sum to one; zeros are allowed where only the gradient of
-    `points` is asked for. One more Newton step follows the first marginal error (L1) below 1e-3 in fp32, 1e-8 in
-    fp64: values to 1e-5 and 1e-10, relative. Inputs that are not finite give NaN.
-    Same inputs, same bits: every rank may solve on its own.
+    points: (n,) in [0, 1], ascending. q: (..., n), r: likewise or fewer rows, which then go round: the k-th row of q
+    meets the k-th row of r modulo their number. Rows are not negative; each stands for the distribution it is
+    proportional to, with `floor` added to every probability (and divided again), a row of zeros for the uniform one,
+    with zero gradients. Without a floor, zeros are allowed where only the gradient of `points` is asked for.
+    weights: (...), constants; None is 1. Where one is 0 its problem is left out: cost and gradients are 0, whatever
+    the rows of q hold.
+
+    One more Newton step follows the first marginal error (L1) below 1e-4 in fp32, 1e-8 in fp64: values to 1e-5 and
+    1e-10, relative. Inputs that are not finite give NaN. Same inputs, same bits: every rank may solve on its own.
     """
-    return _EntropicTransport.apply(points, q, r, epsilon)
-
-
-def potentials(
-    points: torch.Tensor, q: torch.Tensor, r: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The optimal f, g, both (b, n) fp64, such that P = q_i exp((f_i + g_j - C_ij) / epsilon) r_j."""
-    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
-        g = _Solver(points, q, r).solve(_warm_start(points, q, r).to(q.dtype), epsilon)
-        final = _Solver(points.double(), q.double(), r.double())
-        g = final.half(final.half(g.double(), epsilon, final.log_r), epsilon, final.log_q)
-        return final.half(g, epsilon, final.log_r), g
+    weights = q.new_ones(q.shape[:-1]) if weights is None else weights
+    return _EntropicTransport.apply(points, q, r, weights, epsilon, floor)
 
 
 class _EntropicTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, points: torch.Tensor, q: torch.Tensor, r: torch.Tensor, epsilon: float) -> torch.Tensor:
-        f, g = potentials(points, q, r, epsilon)
-        ctx.save_for_backward(points, q, r, f, g)
-        ctx.epsilon = epsilon
-        return ((q * f).sum(1) + (r * g).sum(1)).to(q.dtype)
+    def forward(ctx, points, q, r, weights, epsilon: float, floor: float) -> torch.Tensor:
+        rows = [tensor.reshape(-1, len(points)) for tensor in (q, r)]
+        cost, *slopes = solution(points, *rows, weights.reshape(-1), epsilon, floor, ctx.needs_input_grad[0])
+        ctx.save_for_backward(*slopes)
+        ctx.shapes = q.shape, r.shape
+        return cost.view(q.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        points, q, r, f, g = ctx.saved_tensors
-        to_points = None
-        if ctx.needs_input_grad[0]:
-            x = points.double()
-            difference = x[:, None] - x
-            exponents = (f[:, :, None] + g[:, None, :] - difference**2) / ctx.epsilon
-            plan = torch.exp(exponents + q.log()[:, :, None] + r.log()[:, None, :]) * gradient[:, None, None]
-            to_points = (2 * (plan + plan.mT) * difference).sum((0, 2)).to(points.dtype)
-        # The constant is free; this one makes the gradient small where the mass is, and its rounding with it.
-        f, g = f - (q * f).sum(1, keepdim=True), g - (r * g).sum(1, keepdim=True)
-        return to_points, (f * gradient[:, None]).to(q.dtype), (g * gradient[:, None]).to(q.dtype), None
+        (to_points, to_q, to_r), (q, r) = ctx.saved_tensors, ctx.shapes
+        wanted, gradient = ctx.needs_input_grad, gradient.reshape(-1, 1)
+        to_points = (gradient * to_points).sum(0) if wanted[0] else None
+        to_q = (gradient * to_q).view(q) if wanted[1] else None
+        to_r = (gradient * to_r).view(-1, *r) if wanted[2] else None
+        if wanted[2]:
+            to_r = to_r[0] if len(to_r) == 1 else to_r.sum(0)
+        return to_points, to_q, to_r, None, None, None
+
+
+@torch.library.custom_op("dist_fair::entropic_transport", mutates_args=())
+def solution(
+    points: torch.Tensor,
+    q: torch.Tensor,
+    r: torch.Tensor,
+    weights: torch.Tensor,
+    epsilon: float,
+    floor: float,
+    along: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`solve`, by the kernel where there are a GPU and Triton, for as many points as it takes. One operation to torch:
+    a compiler need not look inside."""
+    kernel = _kernel() if points.is_cuda else None
+    if kernel is None or len(points) > kernel.LARGEST:
+        return solve(points, q, r, weights, epsilon, floor, along)
+    return kernel.solve(points, q, r, weights, epsilon, floor, along)
+
+
+@solution.register_fake
+def _(points, q, r, weights, epsilon, floor, along):
+    to_points = q.new_empty(len(q) if along else 0, q.shape[1])
+    return q.new_empty(len(q)), to_points, torch.empty_like(q), torch.empty_like(q)
+
+
+@cache
+def _kernel():
+    """The module `transport_kernel`, or None where Triton is missing or cannot build anything."""
+    try:
+        from dist_fair.interventions import transport_kernel
+    except ImportError:
+        return None
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return transport_kernel
+    warnings.warn(
+        "optimal transport: Triton finds no C compiler (gcc, clang or CC=...), so it takes some hundred small kernels "
+        "a step instead of one, for the same result",
+        stacklevel=2,
+    )
+    return None
+
+
+def _may_look(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+@torch.no_grad()
+def solve(
+    points: torch.Tensor,
+    q: torch.Tensor,
+    r: torch.Tensor,
+    weights: torch.Tensor,
+    epsilon: float,
+    floor: float,
+    along: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weighted costs (b,) and their gradients with respect to the points, q and r, (b, n) each.
+
+    q: (b, n), r: (c, n), weights: (b,), see `entropic_transport`. along: whether the gradients with respect to the
+    points are wanted; else there are 0 rows of them.
+    """
+    kind, active = q.dtype, (weights != 0)[:, None]
+    with torch.autocast(points.device.type, enabled=False):
+        q, q_scale = _distributions(torch.where(active, q, 0).double(), floor)
+        r, r_scale = _distributions(torch.where(active, r.repeat(len(q) // len(r), 1), 0).double(), floor)
+        start = _warm_start(points.double(), q, r, MEETING[kind])
+        g = _Solver(points, q.to(kind), r.to(kind)).solve(start.to(kind), epsilon)
+        final = _Solver(points.double(), q, r)
+        g = final.half(final.half(g.double(), epsilon, final.log_r), epsilon, final.log_q)
+        f = final.half(g, epsilon, final.log_r)
+        f_mean, g_mean = (q * f).sum(1, keepdim=True), (r * g).sum(1, keepdim=True)
+        weights = weights[:, None].double()
+        to_q = weights * q_scale * _tilted(f - f_mean, floor)
+        to_r = weights * r_scale * _tilted(g - g_mean, floor)
+        to_points = weights * final.along(g, epsilon) if along else f[:0]
+        cost = (weights * (f_mean + g_mean))[:, 0]
+    return cost.to(kind), to_points.to(kind), to_q.to(kind), to_r.to(kind)
+
+
+def _distributions(rows: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (b, n) as distributions, and what a gradient is multiplied by on its way back, (b, 1)."""
+    total, most = rows.sum(1, keepdim=True), 1 + rows.shape[1] * floor
+    empty = total == 0
+    shares = torch.where(empty, 1 / rows.shape[1], rows / torch.where(empty, 1, total))
+    return (shares + floor) / most, torch.where(empty, 0, 1 / (most * torch.where(empty, 1, total)))
+
+
+def _tilted(potential: torch.Tensor, floor: float) -> torch.Tensor:
+    """The gradient with respect to a row that sums to 1, before the floor, if the potential's mean after it is 0."""
+    return potential + floor * potential.sum(1, keepdim=True)
 
 
 class _Solver:
@@ -83,10 +187,10 @@ class _Solver:
 
     def __init__(self, points: torch.Tensor, q: torch.Tensor, r: torch.Tensor):
         single = q.dtype == torch.float32
-        self.q, self.r, self.log_q, self.log_r = q, r, q.log(), r.log()
+        self.points, self.q, self.r, self.log_q, self.log_r = points, q, r, q.log(), r.log()
         self.cost = (points[:, None] - points).square()
         self.tiny = torch.finfo(q.dtype).tiny
-        self.tolerance = 1e-3 if single else 1e-8
+        self.tolerance = TOLERANCE[q.dtype]
         # Below these, products are denormal numbers, which a CPU multiplies 100 times slower, and change nothing.
         self.lowest, self.least = (-40.0, 1e-10) if single else (-90.0, 1e-20)
         self.ridge = 1e-5 if single else 1e-12
@@ -110,6 +214,12 @@ class _Solver:
         """Column sums of P, (b, n)."""
         return (self.q[:, None] @ plan)[:, 0]
 
+    def along(self, g: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """The gradient of <P, C> with respect to the points, (b, n): 2 sum over j of (P_kj + P_jk) (x_k - x_j)."""
+        # Where r is 0 nothing goes; `rows` has e^lowest there.
+        plan, x = self.rows(g, epsilon).mul_(self.r[:, None] > 0), self.points
+        return 2 * (self.q * (x - plan @ x) + x * self.columns(plan) - ((self.q * x)[:, None] @ plan)[:, 0])
+
     def log_ratio(self, columns: torch.Tensor) -> torch.Tensor:
         """log(r / columns), zero where r is zero."""
         return torch.where(self.r > 0, self.log_r - columns.clamp_min(self.tiny).log(), 0)
@@ -128,16 +238,20 @@ class _Solver:
             g = self.half(self.half(g, level * epsilon, self.log_r), level * epsilon, self.log_q)
             _, b = self.sweep(self.rows(g, level * epsilon), SWEEPS)
             g = g + level * epsilon * b.log()
+        error, longest = g.new_full((len(g), 1), torch.inf), g.new_full((len(g), 1), LONGEST)
         for _ in range(ROUNDS):
+            active = error >= self.tolerance  # ends on NaN too, and with one more step after the first error below
+            if _may_look(active) and not active.any():
+                break
             plan = self.rows(g, epsilon)
             a, b = self.sweep(plan, SWEEPS)
             plan = plan.mul_(a[:, :, None]).mul_(b[:, None, :])
-            columns = self.columns(plan).clamp_min(self.tiny)
-            error = (columns - self.r).abs().sum(1)
-            step = b.log() + self.newton(plan, columns, error).clamp(-LONGEST, LONGEST)
-            g = g + epsilon * step
-            if not bool(error.max() >= self.tolerance):  # leaves on NaN too
-                break
+            columns, before = self.columns(plan).clamp_min(self.tiny), error
+            error = torch.where(active, (columns - self.r).abs().sum(1, keepdim=True), error)
+            longest = torch.where(error > before, longest / 2, longest)
+            step = self.newton(plan, columns, error)
+            step = b.log() + torch.minimum(torch.maximum(step, -longest), longest)
+            g = torch.where(active, g + epsilon * step, g)
         return g
 
     def newton(self, plan: torch.Tensor, columns: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
@@ -150,19 +264,20 @@ class _Solver:
         half = plan * self.q.sqrt()[:, :, None] / root[:, None, :]
         half = torch.nn.functional.threshold(half, self.least, 0.0)
         system = torch.baddbmm(root[:, :, None] * root[:, None, :], half.mT, half, alpha=-1)
-        system.diagonal(dim1=1, dim2=2).add_(1 + self.ridge + DAMPING * error[:, None])
+        system.diagonal(dim1=1, dim2=2).add_(1 + self.ridge + DAMPING * error)
         return torch.linalg.solve_ex(system, (root * self.log_ratio(columns))[:, :, None])[0][:, :, 0] / root
 
 
-def _warm_start(points: torch.Tensor, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """g (b, n) fp64 of transport without entropy, in closed form.
+def _warm_start(points: torch.Tensor, q: torch.Tensor, r: torch.Tensor, meeting: float) -> torch.Tensor:
+    """g (b, n) of transport without entropy, in closed form; all in fp64.
 
     The optimal plan is the monotone one: r's first j points are served by q's points up to i(j), where the cumulated
     masses meet. There f_i + g = C_i on both sides of the border between j and j + 1, so g rises by C_i,j+1 - C_ij.
     Where masses meet in a gap between points, both of its ends would do; entropy prefers the middle.
     """
-    points, heights, levels = points.double(), q.double().cumsum(1), r.double().cumsum(1)[:, :-1]
-    ends = [torch.searchsorted(heights, levels + shift).clamp(max=q.shape[1] - 1) for shift in (-MEETING, MEETING)]
+    upwards = torch.ones_like(points[:, None] + points).triu()  # as a sum: cumsum of floats has no fixed order on a GPU
+    heights, levels = q @ upwards, r @ upwards[:, :-1]
+    ends = [torch.searchsorted(heights, levels + shift).clamp(max=q.shape[1] - 1) for shift in (-meeting, meeting)]
     served = (points[ends[0]] + points[ends[1]]) / 2
     steps = points.diff() * (points[1:] + points[:-1] - 2 * served)
-    return torch.nn.functional.pad(steps.cumsum(1), (1, 0))
+    return torch.nn.functional.pad(steps @ upwards[:-1, :-1], (1, 0))

@@ -1,13 +1,19 @@
-"""The transport solver against POT, closed limits and finite differences, at the paper's epsilon and around it."""
+"""The transport solver against POT, closed limits and finite differences, at the paper's epsilon and around it.
+
+As the CPU runs it, where the rounds end when all problems have converged; and as a GPU without the kernel does.
+"""
 
 import numpy as np
 import ot
 import pytest
 import torch
 
-from dist_fair.interventions.density import grid, histogram, kernels, silverman
+from dist_fair.interventions import transport
+from dist_fair.interventions.density import FLOOR, grid, kernels, mirrored, silverman
 from dist_fair.interventions.distribution_alignment import DistributionAlignment
-from dist_fair.interventions.transport import entropic_transport, potentials
+from dist_fair.interventions.transport import entropic_transport
+from tests.interventions import reference
+from tests.interventions.launches import Launches
 
 PAPER = 5e-4
 
@@ -33,16 +39,28 @@ def problems(count, bins, seed, kinds=KINDS):
     for _ in range(count):
         chosen = random.choice(kinds, 2)
         one, rest = (torch.tensor(predictions(random, kind, int(random.integers(1, 20)))) for kind in chosen)
-        sums = [kernels(p, points, 0.05).sum(0) for p in (one, torch.cat([one, rest[1:]]))]
+        sums = [kernels(p, mirrored(points), 0.05).sum(0) for p in (one, torch.cat([one, rest[1:]]))]
         groups.append(histogram(sums[0]))
         classes.append(histogram(sums[1]))
     return points, torch.stack(groups), torch.stack(classes)
 
 
+def histogram(numerators):
+    """Kernel sums (..., m) as the distribution that entropic_transport makes of them; uniform where there are none."""
+    total = numerators.sum(-1, keepdim=True)
+    q = numerators / torch.where(total > 0, total, 1) + FLOOR
+    return q / q.sum(-1, keepdim=True)
+
+
 def plan(points, q, r, epsilon):
-    f, g = potentials(points, q, r, epsilon)
-    cost = (points[:, None] - points) ** 2
-    return torch.exp((f[:, :, None] + g[:, None, :] - cost) / epsilon) * q[:, :, None] * r[:, None, :]
+    """The optimal plans (b, n, n), from the values and their gradients: those are the potentials."""
+    q, r = q.clone().requires_grad_(), r.clone().requires_grad_()
+    costs = entropic_transport(points, q, r, epsilon)
+    f, g = torch.autograd.grad(costs.sum(), (q, r))
+    with torch.no_grad():
+        f = f + costs[:, None]  # gradients come with means of 0
+        exponents = (f[:, :, None] + g[:, None, :] - (points[:, None] - points) ** 2) / epsilon
+        return torch.exp(exponents) * q[:, :, None] * r[:, None, :]
 
 
 def error(plans, q, r):
@@ -61,7 +79,7 @@ def alignment(logits, group, bins=128):
     """Mean cost of six groups against all, from logits (n,) to their gradient; the paper's epsilon."""
     logits = logits.clone().requires_grad_()
     points = grid(bins, logits)
-    sums = kernels(logits.sigmoid(), points, 0.05)
+    sums = kernels(logits.sigmoid(), mirrored(points), 0.05)
     q = histogram(torch.stack([sums[group == one].sum(0) for one in range(6)]))
     costs = entropic_transport(points, q, histogram(sums.sum(0)).expand(6, -1), PAPER)
     costs.mean().backward()
@@ -150,6 +168,106 @@ def test_a_problem_does_not_see_the_others():
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
 
 
+def solved(points, q, r, epsilon=PAPER):
+    return transport.solve(points, q, r, torch.ones(len(q)), epsilon, FLOOR, True)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """As on a device that the host must not wait for; a function that undoes it."""
+    monkeypatch.setattr(transport, "_may_look", lambda tensor: False)
+    return monkeypatch.undo
+
+
+def test_rounds_that_others_need_leave_the_bits_of_who_has_converged(on_device):
+    points, q, r = problems(12, 128, seed=9)
+    fixed = solved(points, q, r)
+    on_device()
+    assert all(map(torch.equal, fixed, solved(points, q, r)))  # the same if the rounds end early
+    easy = torch.cat([q[:2], r[2:]]), torch.cat([r[:2], r[2:]])  # ten of the problems between a row and itself
+    assert all(torch.equal(one[:2], other[:2]) for one, other in zip(fixed, solved(points, *easy), strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_host_never_waits(on_device, kind):
+    points, q, r = (tensor.to(kind) for tensor in problems(3, 16, seed=2))
+    with Launches() as launches:
+        solved(points, q, r)
+    assert launches.kernels["entropic_transport"] == 0  # inside of it
+    assert launches.kernels["_linalg_solve_ex"] == transport.ROUNDS
+    assert not launches.waits
+    assert not launches.unordered
+    on_device()
+    with Launches() as launches:
+        solved(points, q, r)
+    assert launches.waits  # on the CPU the rounds end early, elsewhere not
+    assert transport._may_look(points)
+    assert not transport._may_look(points.to("meta"))
+
+
+def test_there_are_rounds_to_spare(monkeypatch):
+    found = {}
+    for rounds in (transport.ROUNDS - 8, transport.ROUNDS):
+        monkeypatch.setattr(transport, "ROUNDS", rounds)
+        cases = [(bins, epsilon) for bins in (16, 64) for epsilon in (1e-4, PAPER)]
+        found[rounds] = [solved(*problems(60, bins, seed=bins), epsilon) for bins, epsilon in cases]
+    for less, more in zip(*found.values(), strict=True):
+        assert all(map(torch.equal, less, more))
+
+
+def test_rows_stand_for_the_distributions_they_are_proportional_to():
+    points, q, r = problems(4, 16, seed=3, kinds=["spread"])
+    scales = torch.tensor([[3.0], [0.1], [1.0], [20.0]], dtype=torch.float64)
+    expected = entropic_transport(points, q, r, 5e-3)
+    torch.testing.assert_close(entropic_transport(points, scales * q, r / scales, 5e-3), expected, rtol=1e-12, atol=0)
+    floored = entropic_transport(points, scales * q, r, 5e-3, floor=0.01)
+    expected = entropic_transport(points, (q + 0.01) / 1.16, (r + 0.01) / 1.16, 5e-3)
+    torch.testing.assert_close(floored, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.02])
+def test_gradients_of_rows_of_any_sum_and_of_rows_that_go_round(floor):
+    random = torch.Generator().manual_seed(6)
+    q = (0.1 + torch.rand(2, 3, 6, generator=random, dtype=torch.float64)).requires_grad_()
+    r = (0.1 + torch.rand(1, 3, 6, generator=random, dtype=torch.float64)).requires_grad_()
+    x = torch.rand(6, generator=random, dtype=torch.float64).sort()[0].requires_grad_()
+    weights = torch.tensor([[1.0, -0.5, 0.0], [2.0, 0.0, 0.0]], dtype=torch.float64)
+
+    def costs(q, r, x):
+        return entropic_transport(x, q, r, 0.01, weights, floor)
+
+    assert torch.autograd.gradcheck(costs, (q, r, x), eps=1e-7)
+    own = entropic_transport(x, q, r.expand(2, 3, 6), 0.01, None, floor)
+    torch.testing.assert_close(costs(q, r, x), weights * own, rtol=1e-13, atol=0)
+
+
+def test_a_row_of_zeros_is_uniform_and_has_no_gradient():
+    points, q, r = problems(2, 16, seed=3)
+    uniform = torch.full_like(q[:1], 1 / 16)
+    empty = torch.zeros_like(uniform).requires_grad_()
+    value = entropic_transport(points, empty, r[:1], PAPER, floor=FLOOR)
+    value.sum().backward()
+    torch.testing.assert_close(value, entropic_transport(points, uniform, r[:1], PAPER), rtol=1e-10, atol=0)
+    assert empty.grad.eq(0).all()
+
+
+def test_weight_zero_leaves_a_problem_out_whatever_it_holds():
+    points, q, r = problems(3, 32, seed=1)
+    weights = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
+    plain, strange = q.clone().requires_grad_(), q.clone()
+    strange[1, 3:] = torch.nan
+    strange.requires_grad_(), points.requires_grad_()
+    found = entropic_transport(points, strange, r, PAPER, weights)
+    found.sum().backward()
+    along = points.grad.clone()
+    points.grad = None
+    expected = entropic_transport(points, plain, r, PAPER, weights)
+    expected.sum().backward()
+    assert found[1] == 0
+    assert strange.grad[1].eq(0).all()
+    assert all(map(torch.equal, (found, strange.grad, along), (expected, plain.grad, points.grad)))
+
+
 def test_not_a_number_comes_out_as_such():
     points, q, r = problems(2, 16, seed=1)
     q[0, 3] = torch.nan
@@ -163,21 +281,45 @@ def test_the_printed_typo_would_be_seen(monkeypatch):
 
     whole, features, weights = batch(17)
     right = by_parts(build("grid"), whole, features[:, :2], weights, (17,))
-    original = DistributionAlignment._costs
-    monkeypatch.setattr(
-        DistributionAlignment, "_costs", lambda self, x, q, classes, which: original(self, x, q, classes[[1, 1]], which)
-    )
+    original = DistributionAlignment._from_sums
+
+    def misprinted(self, *summary):
+        points, q, classes, counts = original(self, *summary)
+        return points, q, classes[:, [1, 1]], counts
+
+    monkeypatch.setattr(DistributionAlignment, "_from_sums", misprinted)
     wrong = by_parts(build("grid"), whole, features[:, :2], weights, (17,))
     assert abs(wrong - right) > 1e-6
 
 
 def test_densities():
     points = grid(64, torch.zeros((), dtype=torch.float64))
-    q = histogram(kernels(torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64), points, 0.05))
-    torch.testing.assert_close(q.sum(1), torch.ones(3, dtype=torch.float64))
     # Mirror images keep the mass: as much in the whole interval, wherever the prediction lies.
-    mass = kernels(torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64), points, 0.05).sum(1)
+    mass = kernels(torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64), mirrored(points), 0.05).sum(1)
     torch.testing.assert_close(mass, mass[1].expand(3), rtol=1e-6, atol=0)
-    assert histogram(torch.zeros(2, 8)).equal(torch.full((2, 8), 1 / 8))
-    assert silverman(torch.tensor([0.3]), 128) == pytest.approx(1 / 128)
-    assert silverman(torch.rand(1000), 128) < 0.2
+
+
+def test_gradients_of_densities_against_finite_differences():
+    points = mirrored(grid(12, torch.zeros((), dtype=torch.float64)))
+    p = torch.tensor([0.0, 0.2, 0.5, 0.97], dtype=torch.float64, requires_grad=True)
+    own = torch.tensor([0.03, 0.1, 0.2, 0.3], dtype=torch.float64)[:, None, None]
+    assert torch.autograd.gradcheck(lambda p: kernels(p, points, 0.1), (p,))
+    assert torch.autograd.gradcheck(lambda p: kernels(p, points, own), (p,))
+    rows = [kernels(p[i : i + 1], points, own[i].item())[0] for i in range(4)]
+    torch.testing.assert_close(kernels(p, points, own), torch.stack(rows), rtol=1e-13, atol=0)
+
+
+def test_bandwidths_of_sets():
+    """Of none, of one, of two, of tied ones, of all, of some: those of the reference, which sorts lists."""
+    random = torch.Generator().manual_seed(5)
+    p = torch.rand(40, generator=random, dtype=torch.float64).sort()[0]
+    p[10:14] = p[10]
+    members = torch.rand(9, 40, generator=random) < 0.4
+    members[0], members[1], members[2], members[3], members[4] = False, False, False, False, True
+    members[1, 7], members[2, [3, 39]], members[3, 10:14] = True, True, True
+    found = silverman(p, members, 128)
+    assert found[[0, 1, 3]].eq(1 / 128).all()
+    expected = torch.tensor([reference.silverman(p[one], 128) for one in members[1:]], dtype=torch.float64)
+    torch.testing.assert_close(found[1:], expected, rtol=1e-12, atol=0)
+    assert found[2] == 0.2
+    assert (found[4:] < 0.2).all()
