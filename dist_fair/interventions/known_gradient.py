@@ -28,4 +28,4 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: torch.Tensor):
         (gradient,) = ctx.saved_tensors
-        return torch.mul(upstream, gradient, out=gradient.new_empty(gradient.shape, dtype=ctx.kind)), None, None
+        return (upstream * gradient).to(ctx.kind), None, None

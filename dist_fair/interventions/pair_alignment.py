@@ -106,7 +106,7 @@ class PairAlignment(Intervention):
         """Sums and counts of unit vectors, (G, M, d + 1), or features (B, d) and their codes (B, 2)."""
         rows = self.table[self._columns(batch)]
         if self.settings.pairs != "hardest":
-            sums = sums_by_code(unit_vectors(outputs.features, torch.float64), rows)
+            sums = sums_by_code(unit_vectors(outputs.features.double()), rows)
             return {"sums": Sum(sums.view(*self.shape, -1))}
         features = outputs.features.to(torch.promote_types(outputs.features.dtype, torch.float32))
         return {"features": Gather(features), "codes": Gather(rows.to(features))}
@@ -115,7 +115,7 @@ class PairAlignment(Intervention):
         if "sums" in summary:
             mean, number = mean_of_all(summary["sums"], self.settings.balanced)
         else:
-            units, codes = unit_vectors(summary["features"], torch.float64), summary["codes"].detach().long()
+            units, codes = unit_vectors(summary["features"].double()), summary["codes"].detach().long()
             mean, number = mean_of_chosen(units, *hardest_partners(units, *codes.unbind(1), self.settings.hardest))
         return {"pair_alignment": number.clamp_max(1) * (1 + self.settings.epsilon) - mean}
 

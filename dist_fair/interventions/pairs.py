@@ -15,25 +15,23 @@ DECIMALS = 9  # to which two cosines are tied
 CHUNK = 2**22  # cosines in memory at once: 32 MiB in fp64, and four times that with keys, masks and the choice
 
 
-def unit_vectors(features: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def unit_vectors(features: torch.Tensor) -> torch.Tensor:
     """Features (B, d) scaled to norm 1; one of norm below SHORTEST becomes 0 and has no gradient.
 
     To that end such a norm counts as infinite. Clamped to SHORTEST it would give a zero vector gradients of 1e12.
-    dtype: of the result and of all on the way there and back; None: that of the features.
     """
-    return _UnitVectors.apply(features, dtype or features.dtype)
+    return _UnitVectors.apply(features)
 
 
 class _UnitVectors(torch.autograd.Function):
     """u = h / |h| and dh = (du - (du . u) u) / |h|: three kernels and four, where autograd's way back has 14."""
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=dtype)
+    def forward(ctx, features: torch.Tensor) -> torch.Tensor:
+        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
         norms = functional.threshold(norms, SHORTEST, torch.inf)
         units = features / norms
         ctx.save_for_backward(units, norms)
-        ctx.kind = features.dtype
         return units
 
     @staticmethod
@@ -41,8 +39,7 @@ class _UnitVectors(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         units, norms = ctx.saved_tensors
         along = (gradient * units).sum(1, keepdim=True)
-        across = torch.addcmul(gradient, units, along, value=-1)
-        return torch.div(across, norms, out=across.new_empty(across.shape, dtype=ctx.kind)), None
+        return torch.addcmul(gradient, units, along, value=-1).div_(norms)
 
 
 def sums_by_code(units: torch.Tensor, members: torch.Tensor) -> torch.Tensor:

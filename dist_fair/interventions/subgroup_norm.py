@@ -18,7 +18,7 @@ and variance 1, where fp32 sums keep no digit. That is less than what rounding t
 mu / sigma = 6e8.
 
 A step of these sizes costs a GPU the launches of its kernels, and hardly more. Products and closed forms, forward and
-backward, make it 46 of them, with the wire and the running moments; the formulas as printed, by autograd, were 155.
+backward, make it 48 of them, with the wire and the running moments; the formulas as printed, by autograd, were 155.
 """
 
 from collections.abc import Mapping
@@ -152,12 +152,13 @@ class SubgroupNorm(Intervention):
 
     def _by_batch(self, features: torch.Tensor, batch: Batch, comm: Communicator) -> torch.Tensor:
         """As in training; moves the running moments."""
-        members = self._members(batch)
+        h, members = features.double(), self._members(batch)
         add = comm.sum if self.settings.detach else comm.shared_sum
-        sums = add(MomentSums.apply(features, members), "subgroup_norm")
+        sums = add(MomentSums.apply(h, members), "subgroup_norm")
         if self.track_running_stats:
             self._track(sums.detach()[:-1])
-        return Normalised.apply(features, members, sums, self.identity, self.floor, self.settings.epsilon)
+        normalised = Normalised.apply(h, members, sums, self.identity, self.floor, self.settings.epsilon)
+        return normalised.to(_result(features))
 
     @torch.no_grad()
     def _track(self, sums: torch.Tensor) -> None:
@@ -191,13 +192,12 @@ class SubgroupNorm(Intervention):
 
 
 class MomentSums(torch.autograd.Function):
-    """Features h (B, d) and members (B, k) -> per column of the members sums of 1, h and h^2, (k, 2d + 1) fp64."""
+    """Features h (B, d) and members (B, k) -> per column of the members sums of 1, h and h^2, (k, 2d + 1)."""
 
     @staticmethod
     def forward(ctx, h: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(h, members)
-        exact = h.double()
-        return members.T @ torch.cat([exact.new_ones(len(h), 1), exact, exact * exact], dim=1)
+        return members.T @ torch.cat([h.new_ones(len(h), 1), h, h * h], dim=1)
 
     @staticmethod
     @once_differentiable
@@ -205,7 +205,7 @@ class MomentSums(torch.autograd.Function):
         """dh = dS_1 + 2 h dS_2, those of the row's own population."""
         h, members = ctx.saved_tensors
         _, first, second = _split(members @ gradient)
-        return torch.addcmul(first, h, second, value=2, out=torch.empty_like(h)), None
+        return torch.addcmul(first, h, second, value=2), None
 
 
 class Normalised(torch.autograd.Function):
@@ -231,22 +231,20 @@ class Normalised(torch.autograd.Function):
         _, mean, scale = _split(moments)
         scale.addcmul_(mean, mean, value=-1).clamp_min_(0).add_(epsilon).rsqrt_()
         _, own_mean, own_scale = _split(members @ moments)
-        normalised = torch.mul(h - own_mean, own_scale, out=h.new_empty(h.shape, dtype=_result(h)))
+        normalised = (h - own_mean).mul_(own_scale)
         ctx.save_for_backward(members, parts, moments, own_scale, normalised)
-        ctx.kind = h.dtype
         return normalised
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         members, parts, moments, own_scale, normalised = ctx.saved_tensors
-        own = torch.mul(gradient, own_scale, out=gradient.new_empty(gradient.shape, dtype=ctx.kind))
+        own = gradient * own_scale
         if not ctx.needs_input_grad[2]:
             return own, None, None, None, None, None
         _, mean, scale = _split(moments)
-        exact = gradient.double()
-        rows = torch.cat([exact.new_zeros(len(exact), 1), exact, exact * normalised], dim=1)
-        slopes = members.T @ rows
+        rows = [gradient.new_zeros(len(gradient), 1), gradient, gradient * normalised]
+        slopes = members.T @ torch.cat(rows, dim=1)
         _, first, second = _split(slopes)
         first.addcmul_(mean, second.mul_(scale), value=-1)
         second.mul_(0.5)

@@ -17,19 +17,19 @@ BUDGETS = {
     "cross_entropy": ("cross_entropy", {}, 23),  # 38
     "class balanced": ("cross_entropy", {"reduction": "class_balanced"}, 22),  # 36
     "inverse_propensity": ("inverse_propensity", {}, 1),
-    "subgroup_norm": ("subgroup_norm", {}, 46),  # 155
-    "subgroup_norm, detached": ("subgroup_norm", {"detach": True}, 32),  # 101
+    "subgroup_norm": ("subgroup_norm", {}, 48),  # 155
+    "subgroup_norm, detached": ("subgroup_norm", {"detach": True}, 35),  # 101
     "low_rank_projection": ("low_rank_projection", {}, 10),  # 15
     "low_rank_projection, normalised": ("low_rank_projection", {"normalise": True}, 17),  # 33
-    "pair_alignment": ("pair_alignment", {}, 29),  # 96
-    "pair_alignment, manipulations": ("pair_alignment", {"match": "manipulation"}, 29),  # 103
-    "pair_alignment, opposite": ("pair_alignment", {"pairs": "opposite:gender"}, 29),  # 104
-    "pair_alignment, balanced": ("pair_alignment", {"balanced": True}, 32),  # 96
-    "pair_alignment, hardest": ("pair_alignment", {"pairs": "hardest", "hardest": 3}, 55),  # 89
-    "daw_fdd": ("conditional_value_at_risk", {}, 67),  # 290
-    "daw_fdd, smoothed": ("conditional_value_at_risk", {"outer": "smoothed"}, 135),  # 694
-    "daw_fdd, guarded": ("conditional_value_at_risk", {"outer": "guarded"}, 134),  # 694
-    "dag_fdd": ("conditional_value_at_risk", {"attributes": [], "inner_alpha": None}, 43),  # 155
+    "pair_alignment": ("pair_alignment", {}, 31),  # 96
+    "pair_alignment, manipulations": ("pair_alignment", {"match": "manipulation"}, 31),  # 103
+    "pair_alignment, opposite": ("pair_alignment", {"pairs": "opposite:gender"}, 31),  # 104
+    "pair_alignment, balanced": ("pair_alignment", {"balanced": True}, 34),  # 96
+    "pair_alignment, hardest": ("pair_alignment", {"pairs": "hardest", "hardest": 3}, 57),  # 89
+    "daw_fdd": ("conditional_value_at_risk", {}, 68),  # 290
+    "daw_fdd, smoothed": ("conditional_value_at_risk", {"outer": "smoothed"}, 136),  # 694
+    "daw_fdd, guarded": ("conditional_value_at_risk", {"outer": "guarded"}, 135),  # 694
+    "dag_fdd": ("conditional_value_at_risk", {"attributes": [], "inner_alpha": None}, 44),  # 155
     "margin_loss": ("margin_loss", {}, 21),  # 43
     "shared_forgery": ("shared_forgery", {}, 16),  # 23
     "specific_forgery": ("specific_forgery", {}, 16),  # 30
