@@ -39,7 +39,7 @@ class _UnitVectors(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         units, norms = ctx.saved_tensors
         along = (gradient * units).sum(1, keepdim=True)
-        return torch.addcmul(gradient, units, along, value=-1).div_(norms)
+        return torch.addcmul(gradient, units, along, value=-1) / norms
 
 
 def sums_by_code(units: torch.Tensor, members: torch.Tensor) -> torch.Tensor:

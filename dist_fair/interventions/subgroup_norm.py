@@ -231,7 +231,7 @@ class Normalised(torch.autograd.Function):
         _, mean, scale = _split(moments)
         scale.addcmul_(mean, mean, value=-1).clamp_min_(0).add_(epsilon).rsqrt_()
         _, own_mean, own_scale = _split(members @ moments)
-        normalised = (h - own_mean).mul_(own_scale)
+        normalised = (h - own_mean) * own_scale  # not in place: torch 2.11, compiled, then loses its gradient
         ctx.save_for_backward(members, parts, moments, own_scale, normalised)
         return normalised
 

@@ -138,12 +138,13 @@ def run(intervention, batch, outputs, comm=None):
     comm, kind = comm or Communicator(), type(intervention)
     if "transform" in vars(kind):
         features = intervention.transform(outputs.features, batch, comm)
-        features.backward(torch.ones_like(features))
-    weights, found = outputs.logits.new_ones(len(batch)), {}
+        features.backward(torch.linspace(-1, 1, features.numel(), device=features.device).cos_().view_as(features))
     if "weigh" in vars(kind):
         intervention.weigh(batch)
+    summary, found = {}, {}
+    if "summarise" in vars(kind):
+        summary = intervention.summarise(outputs, batch, outputs.logits.new_ones(len(batch)))
     if "objective" in vars(kind):
-        summary = intervention.summarise(outputs, batch, weights)
         found = intervention.objective(exchange({"it": summary}, comm, batch.sizes)["it"])
         found[kind.terms[0]].backward()
     return found
@@ -153,6 +154,7 @@ def counted(intervention, batch, outputs):
     """What `Launches` sees of `run`, without the weights and the gradients that it begins with."""
     with Launches() as launches:
         run(intervention, batch, outputs)
-    begins = [hook for hook in ("transform", "objective") if hook in vars(type(intervention))]
-    launches.kernels.subtract({"ones_like": len(begins), "new_ones": 1})
+    begins = {"transform": ("linspace", "cos_"), "objective": ("ones_like",), "summarise": ("new_ones",)}
+    for hook in begins.keys() & vars(type(intervention)).keys():
+        launches.kernels.subtract(begins[hook])
     return launches
