@@ -76,19 +76,25 @@ class DistributionAlignment(Intervention):
         super().__init__(settings, facts, features)
         self.groups = facts.groups(settings.attributes)
         self.gathers = settings.support == "samples" or settings.bandwidth == "silverman"
-        # Made anew from the data by whoever builds the recipe: not a part of checkpoints.
         number = len(self.groups) + 1
-        members = self.groups.table(np.eye(2 * number).reshape(number, 2, 2 * number))
         summing = torch.eye(number, dtype=torch.float64)
         summing[-1] = 1
+        # Made anew from the data by whoever builds the recipe: not a part of checkpoints.
         constants = {
             "images": mirrored(grid(settings.grid, summing)),  # of the grid
-            "members": torch.from_numpy(members),  # who is in which sum, (2 G + 2,) for each sample
+            "table": torch.from_numpy(self._table(number)),
             "summing": summing,  # rows of groups and of unknown ones to rows of groups and of all
             "difference": torch.tensor([-1.0, 1.0], dtype=torch.float64),
         }
         for name, constant in constants.items():
             self.register_buffer(name, constant, persistent=False)
+
+    def _table(self, number: int) -> np.ndarray:
+        """By attributes and label of a sample: its label and group, (2,); or in which sum it is, (2 G + 2,)."""
+        if not self.gathers:
+            return self.groups.table(np.eye(2 * number).reshape(number, 2, 2 * number))
+        codes = np.append(np.arange(number - 1.0), -1)
+        return self.groups.table(np.stack(np.broadcast_arrays([0.0, 1.0], codes[:, None]), axis=-1))
 
     def summarise(self, outputs: Outputs, batch: Batch, weights: torch.Tensor) -> Summary:
         """Either the rows (p, label, group), (B, 3), or kernel sums (G + 1, 2, m) and counts (G + 1, 2).
@@ -97,12 +103,11 @@ class DistributionAlignment(Intervention):
         """
         with torch.autocast(outputs.logits.device.type, enabled=False):
             p = torch.sigmoid(outputs.logits.double() @ self.difference)
+            rows = self.table[(*self.groups.columns(batch.attributes), batch.labels)]
             if self.gathers:
-                codes = batch.codes(self.groups)
-                return {"predictions": Gather(torch.stack([p, batch.labels.to(p), codes.to(p)], dim=1))}
-            members = self.members[(*self.groups.columns(batch.attributes), batch.labels)]
-            sums = members.mT @ kernels(p, self.images, self.settings.bandwidth)
-            return {"sums": Sum(sums.view(-1, 2, self.settings.grid)), "counts": Sum(members.sum(0).view(-1, 2))}
+                return {"predictions": Gather(torch.cat([p[:, None], rows], dim=1))}
+            sums = rows.mT @ kernels(p, self.images, self.settings.bandwidth)
+            return {"sums": Sum(sums.view(-1, 2, self.settings.grid)), "counts": Sum(rows.sum(0).view(-1, 2))}
 
     def objective(self, summary: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         settings = self.settings

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import ot
@@ -154,12 +155,31 @@ def test_without_triton_or_a_compiler_the_solver_in_torch_serves(monkeypatch):
             assert transport._kernel() is None
 
 
+def test_the_kernel_serves_gpus_as_far_as_it_goes(monkeypatch):
+    kernel = SimpleNamespace(LARGEST=128, solve=lambda *arguments: None)
+
+    class Points(list):
+        is_cuda = True
+
+    def solver(number, is_cuda=True):
+        points = Points(range(number))
+        points.is_cuda = is_cuda
+        return transport._solver(points)
+
+    monkeypatch.setattr(transport, "_kernel", lambda: kernel)
+    assert solver(128) is kernel.solve
+    assert solver(129) is transport.solve
+    assert solver(128, is_cuda=False) is transport.solve
+    monkeypatch.setattr(transport, "_kernel", lambda: None)
+    assert solver(128) is transport.solve
+
+
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("bins", [2, 100, 128, 512])
+@pytest.mark.parametrize("bins", [2, 128, 512])
 def test_on_a_gpu_it_comes_to_the_same_fixed_point(bins):
     arguments = *problems(16, bins, seed=bins), torch.ones(16, dtype=torch.float64), PAPER, FLOOR, True
     expected = transport.solve(*arguments)
